@@ -1,0 +1,63 @@
+"""Codes: the sparse activations of an SAE, the currency between encoder, decoder, losses and statistics.
+
+Top-k codes are `values [N, K]` with `indices [N, K]`; a dense activation has `indices=None` and
+K = d_sae. A zero value is an empty slot, whatever its index. On the top-k path nothing of
+shape [N, d_sae] is ever made; `dense()` exists for tests and analysis.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from sae_kernels import sparse_decode
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """Activations of N rows.
+
+    Attributes:
+        values: [N, K] float; zero means the slot is empty.
+        indices: [N, K] int32 latent of each slot, or None when K is d_sae and slot j is latent j.
+        d_sae: number of latents F.
+        pre: [N, d_sae] pre-activations, kept only by dense activations whose penalty needs them.
+    """
+
+    values: Tensor
+    indices: Tensor | None
+    d_sae: int
+    pre: Tensor | None = None
+
+    def decode(self, w: Tensor) -> Tensor:
+        """[F, D] -> [N, D]: the sum of each row's active latents, without bias."""
+        if self.indices is None:
+            return self.values @ w.to(self.values.dtype)
+        return sparse_decode(self.values, self.indices, w)
+
+    def active(self) -> Tensor:
+        """[N, K] bool: slots that hold an active latent."""
+        return self.values != 0
+
+    def l0(self) -> Tensor:
+        """[N] int64: number of active latents in each row."""
+        return self.active().sum(dim=-1)
+
+    def latents(self) -> Tensor:
+        """[N, K] int64: the latent of each slot; empty slots name one that is in range."""
+        if self.indices is None:
+            return torch.arange(self.d_sae, device=self.values.device).expand_as(self.values)
+        return self.indices.long()
+
+    def counts(self) -> Tensor:
+        """[F] int64: in how many rows each latent is active. Integer sums: exact and order-free."""
+        out = torch.zeros(self.d_sae, dtype=torch.int64, device=self.values.device)
+        if self.indices is None:
+            return out.add_(self.active().sum(dim=0))
+        return out.index_add_(0, self.latents().flatten(), self.active().flatten().long())
+
+    def dense(self) -> Tensor:
+        """[N, d_sae]; for tests and analysis, not the hot path."""
+        if self.indices is None:
+            return self.values
+        out = torch.zeros(len(self.values), self.d_sae, dtype=self.values.dtype, device=self.values.device)
+        return out.scatter_add_(1, self.latents(), self.values)
