@@ -1,0 +1,310 @@
+"""One source of text: a hub dataset, or local or remote files, read in order with an exact cursor.
+
+Everything is read through `datasets` streaming, unshuffled: its own shuffle buffer loses and repeats
+rows on resume. The cursor after a document is the `state_dict` of the stream, which names the file and
+the row in it; going back to it re-reads at most that file (parquet: that row group).
+
+Rules for odd text. Bytes that are not UTF-8 and lone surrogates become U+FFFD, and every U+FFFD is
+counted. A byte-order mark at the start is dropped; NULs and everything else are kept. Line ends of .txt
+files become "\\n". JSON lines are read as lines and parsed here, so that one odd row does not make a
+whole file unreadable and a bad row can be named.
+
+A dropped connection is tried again from the last document, a bounded number of times, and then raises
+`StoppedEarly`. `huggingface_hub` also retries each request 5 times (about 25 s); the 20 further
+silent attempts of `datasets` are switched off, so that there is one place that decides and logs.
+"""
+
+import copy
+import glob
+import importlib.util
+import json
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import xxhash
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    stop_after_attempt,
+    wait_exponential,
+    wait_random,
+)
+
+from sae_train.errors import InputError, StoppedEarly
+from sae_train.harvest.text_files import TextSpec, digest_files, find_files, format_of
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+log = logging.getLogger("sae_train.harvest")
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Retry:
+    """How often a read that failed for an outside reason is tried, and how long it waits in between."""
+
+    attempts: int = 5
+    initial_s: float = 1.0
+    max_s: float = 30.0
+
+
+def seed_of(*parts: object) -> int:
+    """A 63-bit seed that is a pure function of the parts."""
+    return xxhash.xxh3_64_intdigest(":".join(str(part) for part in parts).encode()) >> 1
+
+
+def permutation(size: int, *parts: object) -> list[int]:
+    """A permutation of range(size) that is a pure function of its length and the parts."""
+    generator = torch.Generator().manual_seed(seed_of(*parts))
+    return torch.randperm(size, generator=generator).tolist()
+
+
+def clean(text: str) -> tuple[str, int]:
+    """The text by the module's rules, and how many characters in it are U+FFFD."""
+    text = _SURROGATE.sub("\ufffd", text.removeprefix("\ufeff"))
+    return text, text.count("\ufffd")
+
+
+def transient_errors() -> tuple[type[Exception], ...]:
+    """What an outage looks like: any OSError (connection, timeout, disc, HTTP status of the hub), the hub
+    client's transport errors, a compressed stream that ends too soon, and aiohttp's where it is in use."""
+    from huggingface_hub.errors import HTTPError
+
+    errors: tuple[type[Exception], ...] = (OSError, HTTPError, EOFError)
+    if importlib.util.find_spec("aiohttp"):
+        from aiohttp import ClientError
+
+        errors += (ClientError,)
+    return errors
+
+
+class TextSource:
+    """Iterator over the texts of one source. Opening it reads the first row, so that what the user got
+    wrong (name, subset, split, column, type of its values) is known before anything else is loaded."""
+
+    def __init__(self, spec: TextSpec, seed: int, retry: Retry) -> None:
+        self.spec, self._retry = spec, retry
+        self._files = files = find_files(spec)
+        self._format = format_of(files[0]) if files else None
+        self.revision = spec.revision
+        self._transient = transient_errors()
+        try:
+            self._dataset = self._retrying(lambda: self._open(files, seed), "opening", rewind=False)
+        except InputError:
+            raise
+        except ValueError as error:
+            raise self._unreadable(error) from error
+        if files is None:
+            content = {"name": spec.name, "revision": str(self.revision)}
+        elif files[0].startswith(("http://", "https://")):
+            content = {"name": spec.name}
+        else:
+            content = {"files": digest_files(files)}
+        self.fingerprint = content | {
+            "subset": str(spec.subset),
+            "split": spec.split,
+            "column": spec.text_column,
+            "documents": spec.documents if self._format == "text" else "row",
+        }
+        columns = self._dataset.column_names  # None while unknown, as for JSON
+        if self._format not in ("text", "jsonl") and columns is not None:
+            if spec.text_column not in columns:
+                raise self._no_column(sorted(columns), spec.name)
+            self._dataset = self._dataset.select_columns([spec.text_column])
+        self.seek(None, 0)
+        self.is_empty = next(self, None) is None
+        self.seek(None, 0)
+
+    def _open(self, files: list[str] | None, seed: int) -> "IterableDataset":
+        import datasets
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            HFValidationError,
+            OfflineModeIsEnabled,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+
+        datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
+        datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_OPEN_RETRY_INTERVAL = 0
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else opening a local file asks the hub's address
+        datasets.disable_progress_bars()
+        spec = self.spec
+        if files is not None:
+            ordered = [files[i] for i in permutation(len(files), "files", seed)]
+            names = [file if "://" in file else glob.escape(str(Path(file).absolute())) for file in ordered]
+            if self._format == "parquet":
+                return datasets.load_dataset("parquet", data_files=names, split="train", streaming=True)
+            # With errors="replace" and any name but "utf-8" the json reader decodes before it parses.
+            encoding = {
+                "encoding": "utf-8-sig" if self._format != "json" else "utf8",
+                "encoding_errors": "replace",
+            }
+            if self._format == "json":
+                return datasets.load_dataset(
+                    "json", data_files=names, split="train", streaming=True, **encoding
+                )
+            unit = (
+                {"file": "document"}.get(spec.documents, spec.documents) if self._format == "text" else "line"
+            )
+            return datasets.load_dataset(
+                "text", data_files=names, split="train", streaming=True, sample_by=unit, **encoding
+            )
+        try:
+            self.revision = HfApi().dataset_info(spec.name, revision=spec.revision).sha
+            return datasets.load_dataset(
+                spec.name, spec.subset, split=spec.split, revision=self.revision, streaming=True
+            )
+        except RevisionNotFoundError as error:
+            raise InputError(
+                spec.field("revision"), spec.revision, f"a branch, tag or commit of {spec.name}"
+            ) from error
+        except (
+            OfflineModeIsEnabled,
+            RepositoryNotFoundError,
+            EntryNotFoundError,
+            FileNotFoundError,
+            HFValidationError,
+            RuntimeError,
+        ) as error:  # RuntimeError: a dataset that is a script
+            accepted = f"a hub dataset that can be read, or a local file, folder or glob ({_line(error)})"
+            raise InputError(spec.key, spec.name, accepted) from error
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        """The next text as it stands in the source.
+
+        Raises:
+            InputError: the row has no such column, or something other than text in it; the file is malformed.
+            StoppedEarly: the source cannot be read any more, after retries.
+        """
+        try:
+            row = self._retrying(self._read, "reading", rewind=True)
+        except ValueError as error:
+            raise self._unreadable(error) from error
+        # Taken while the stream is whole: after an error inside a read its state may lie between two rows.
+        self._cursor = self._dataset.state_dict()
+        self.rows += 1
+        return self._text(row)
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            return next(self._rows)
+        except StopIteration:  # tenacity and generators would turn it into another error
+            raise _Exhausted from None
+
+    def _text(self, row: dict[str, Any]) -> str:
+        spec, where = self.spec, f"row {self.rows} of {self.spec.name}"
+        if self._format == "text":
+            return row["text"]
+        if self._format == "jsonl":
+            if not row["text"].strip():
+                return ""
+            try:
+                row = json.loads(row["text"])
+            except json.JSONDecodeError as error:
+                raise InputError(
+                    spec.key, spec.name, f"one JSON object per line; {where}: {error}"
+                ) from error
+            if not isinstance(row, dict):
+                raise InputError(spec.key, spec.name, f"one JSON object per line; {where} is {_kind(row)}")
+        if spec.text_column not in row:
+            raise self._no_column(sorted(row), where)
+        text = row[spec.text_column]
+        if not isinstance(text, str):
+            raise InputError(
+                spec.field("text_column"), spec.text_column, f"a column of text; {where} holds {_kind(text)}"
+            )
+        return text
+
+    def _no_column(self, columns: list[str], where: str) -> InputError:
+        field = self.spec.field("text_column")
+        return InputError(field, self.spec.text_column, f"one of the columns {', '.join(columns)} of {where}")
+
+    def tell(self) -> dict[str, Any] | None:
+        """The cursor after the last document returned, JSON-able; None at the start."""
+        return self._cursor
+
+    def seek(self, cursor: dict[str, Any] | None, rows: int) -> None:
+        """Go to the position that `tell` returned when `rows` rows had been read."""
+        self._cursor, self.rows = cursor, rows
+        self._dataset.load_state_dict(copy.deepcopy(cursor))  # None is the start
+        self._rows = iter(self._dataset)
+
+    def _retrying(self, action: Any, doing: str, rewind: bool) -> Any:
+        def note(state: RetryCallState) -> None:
+            error = state.outcome.exception() if state.outcome else None
+            log.warning(
+                "%s %s failed (attempt %d of %d): %s",
+                doing,
+                self.spec.name,
+                state.attempt_number,
+                self._retry.attempts,
+                _line(error),
+            )
+            if rewind:
+                self.seek(self._cursor, self.rows)
+
+        retrying = Retrying(
+            stop=stop_after_attempt(self._retry.attempts),
+            wait=wait_exponential(self._retry.initial_s, self._retry.max_s)
+            + wait_random(0, self._retry.initial_s),
+            retry=retry_if_exception_type(self._transient),
+            before_sleep=note,
+            reraise=True,
+        )
+        try:
+            return retrying(action)
+        except _Exhausted:
+            raise StopIteration from None
+        except self._transient as error:
+            where = f"at row {self.rows}" if rewind else "when opening it"
+            hint = "" if self._files else "; there is no file or folder of that name either"
+            raise StoppedEarly(
+                f"{self.spec.key}={self.spec.name!r} could not be read in {self._retry.attempts} attempts, "
+                f"{where}{hint} ({_line(error)})"
+            ) from error
+
+    def _unreadable(self, error: ValueError) -> InputError:
+        """The reader's complaint about content, names of splits or subsets, as the user's error."""
+        spec, message = self.spec, _line(error)
+        if "Bad split" in message or "Unknown split" in message:
+            return InputError(spec.field("split"), spec.split, f"a split of {spec.name} ({message})")
+        if "BuilderConfig" in message or "Config name" in message:
+            return InputError(spec.field("subset"), spec.subset, f"a subset of {spec.name} ({message})")
+        return InputError(spec.key, spec.name, f"well-formed {self._format or 'text'} data ({message})")
+
+
+class _Exhausted(Exception):
+    """The stream ended."""
+
+
+def _line(error: BaseException | None) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def _kind(value: object) -> str:
+    """A value in words, for a message."""
+    if value is None:
+        return "null"
+    names = {
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        list: "a list",
+        dict: "an object",
+        str: "text",
+    }
+    return f"{names.get(type(value), type(value).__name__)} ({str(value)[:40]})"

@@ -1,0 +1,537 @@
+"""The corpus: order, split, cursor and mixture of documents, odd text, and what a user can get wrong."""
+
+import gzip
+import json
+import random
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from sae_train.errors import InputError, StoppedEarly
+from sae_train.harvest.corpus import CorpusConfig, Documents, is_held_out
+from sae_train.harvest.text_files import TextSpec
+from sae_train.harvest.texts import Retry, TextSource
+
+QUICK = Retry(attempts=3, initial_s=0.01, max_s=0.02)
+
+
+def documents_of(path, split="train", **config):
+    return Documents(CorpusConfig(name=str(path), **({"holdout": 0.0} | config)), split, QUICK)
+
+
+def write_rows(path, rows):
+    """Rows as JSON lines, a JSON array, parquet in groups of 7, or lines of text, by the file's ending."""
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"text": row, "n": i}) + "\n" for i, row in enumerate(rows)))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps([{"text": row, "n": i} for i, row in enumerate(rows)]))
+    elif path.suffix == ".parquet":
+        table = pyarrow.table({"n": list(range(len(rows))), "text": rows})
+        pyarrow.parquet.write_table(table, path, row_group_size=7)
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress("".join(f"{row}\n" for row in rows).encode()))
+    else:
+        path.write_text("".join(f"{row}\n" for row in rows))
+    return path
+
+
+ROWS = [f"document {i} of the corpus" for i in range(40)]
+ENDINGS = ["jsonl", "json", "parquet", "txt", "txt.gz"]
+
+
+# -- order, cursor, split ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_documents_resumed_after_any_document_go_on_exactly_there(tmp_path, ending):
+    path = write_rows(tmp_path / f"a.{ending}", ROWS)
+    config = {"documents": "line", "holdout": 0.3, "epochs": 2}
+    want = list(documents_of(path, **config))
+    state, got = None, []
+    for _ in want:  # a new reader for every single document
+        documents = documents_of(path, **config)
+        if state is not None:
+            documents.load_state_dict(json.loads(json.dumps(state)))
+        got.append(next(documents))
+        state = documents.state_dict()
+    assert got == want
+    assert next(documents, None) is None
+
+
+def test_a_state_can_be_loaded_again_after_reading_on(tmp_path):
+    documents = documents_of(write_rows(tmp_path / "a.jsonl", ROWS))
+    head = [next(documents) for _ in range(5)]
+    state = documents.state_dict()
+    tail = list(documents)
+    for _ in range(3):
+        documents.load_state_dict(state)
+        assert list(documents) == tail
+    assert [document.text for document in head + tail] == ROWS
+
+
+def test_train_and_held_out_documents_are_disjoint_and_together_complete(tmp_path):
+    rows = [*ROWS, *ROWS[:10]]  # copies of a text must land on one side
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    train, held = (
+        [document.text for document in documents_of(path, split, holdout=0.3)]
+        for split in ("train", "heldout")
+    )
+    assert held
+    assert not set(train) & set(held)
+    assert Counter(train) + Counter(held) == Counter(rows)
+
+
+def test_the_held_out_share_is_the_one_asked_for():
+    # Binomial: 4000 draws of 0.1 have a standard deviation of 19; five of them are 95.
+    assert abs(sum(is_held_out(f"text {i}", 0.1) for i in range(4000)) - 400) < 95
+
+
+def test_training_passes_over_the_corpus_several_times_and_the_held_out_split_once(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", ROWS)
+    once = [document.text for document in documents_of(path, holdout=0.3)]
+    assert [document.text for document in documents_of(path, holdout=0.3, epochs=3)] == once * 3
+    held = list(documents_of(path, "heldout", holdout=0.3, epochs=3))
+    assert len(held) == len(ROWS) - len(once)
+
+
+def test_max_documents_counts_the_documents_read_of_either_split(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", ROWS)
+    both = [
+        document.row
+        for split in ("train", "heldout")
+        for document in documents_of(path, split, holdout=0.3, max_documents=15)
+    ]
+    assert sorted(both) == list(range(15))
+
+
+def test_files_of_a_folder_are_read_once_each_in_an_order_that_the_seed_sets(tmp_path):
+    folder = tmp_path / "a [odd] näme*"
+    for i in range(12):
+        (folder / f"sub{i % 3}").mkdir(parents=True, exist_ok=True)
+        (folder / f"sub{i % 3}" / f"{i}.txt").write_text(f"file {i}")
+    (folder / "README").write_text("not text by its ending")
+    orders = [[document.text for document in documents_of(folder, seed=seed)] for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0]) == sorted(orders[2]) == sorted(f"file {i}" for i in range(12))
+
+
+def test_a_glob_names_files(tmp_path):
+    for i in range(4):
+        write_rows(tmp_path / f"{i}.jsonl", [f"row {i}"])
+    assert sorted(document.text for document in documents_of(tmp_path / "[12].jsonl")) == ["row 1", "row 2"]
+
+
+@pytest.mark.parametrize(
+    ("unit", "want"), [("file", ["a\nb\n\nc\n"]), ("line", ["a", "b", "c"]), ("paragraph", ["a\nb", "c\n"])]
+)
+def test_a_text_file_is_cut_into_files_lines_or_paragraphs(tmp_path, unit, want):
+    (tmp_path / "a.txt").write_text("a\nb\n\nc\n")
+    assert [document.text for document in documents_of(tmp_path / "a.txt", documents=unit)] == want
+
+
+# -- several sources --------------------------------------------------------------------------------
+
+
+def mixture(tmp_path, weights, num_rows=3000, **config):
+    sources = []
+    for i, weight in enumerate(weights):
+        path = write_rows(tmp_path / f"{i}.jsonl", [f"source {i} row {j}" for j in range(num_rows)])
+        sources.append({"name": str(path), "weight": weight})
+    return Documents(CorpusConfig(sources=sources, **({"holdout": 0.0} | config)), "train", QUICK)
+
+
+def test_sources_share_the_tokens_by_their_weights_to_within_one_document(tmp_path):
+    weights, draw, longest = [1.0, 2.0, 5.0], random.Random(0), 100
+    documents, tokens = mixture(tmp_path, weights), [0, 0, 0]
+    for _ in range(2000):
+        source = next(documents).source
+        size = draw.randint(1, longest) * (source + 1)  # documents of the sources differ in length
+        documents.took(source, size)
+        tokens[source] += size
+    levels = [taken / weight for taken, weight in zip(tokens, weights, strict=True)]
+    assert max(levels) - min(levels) <= max(longest * (i + 1) / weight for i, weight in enumerate(weights))
+
+
+def test_a_mixture_resumes_exactly_and_a_source_that_ends_drops_out(tmp_path, caplog):
+    caplog.set_level("INFO", logger="sae_train.harvest")
+    documents = mixture(tmp_path, [1.0, 3.0], num_rows=30)
+
+    def read(documents, count):
+        out = []
+        for document in documents:
+            documents.took(document.source, len(document.text) % 7 + 1)
+            out.append(document)
+            if len(out) == count:
+                break
+        return out
+
+    first = read(documents, 25)
+    state = json.loads(json.dumps(documents.state_dict()))
+    rest = read(documents, 1000)
+    assert Counter(document.source for document in first + rest) == {0: 30, 1: 30}
+    assert {document.source for document in rest[-5:]} == {0}
+    assert caplog.text.count("1.jsonl ended after 30 rows") == 1
+    again = mixture(tmp_path, [1.0, 3.0], num_rows=30)
+    again.load_state_dict(state)
+    assert read(again, 1000) == rest
+
+
+# -- odd text ---------------------------------------------------------------------------------------
+
+
+def test_odd_characters_in_text_files_are_kept_or_replaced_and_counted(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfbom \xff\xfe bad\x00nul\r\nline " + "שלום عربي".encode())
+    documents = documents_of(tmp_path / "a.txt")
+    assert next(documents).text == "bom \ufffd\ufffd bad\0nul\nline שלום عربي"
+    assert documents.counts["replaced_characters"] == 2
+
+
+def test_odd_characters_in_json_lines_are_kept_or_replaced_and_counted(tmp_path):
+    rows = [
+        b'{"text":"bad \xff byte"}',
+        rb'{"text":"lone \ud800 surrogate"}',
+        rb'{"text":"pair \ud83d\ude00 nul \u0000"}',
+        rb'{"text":"\ufeffbom"}',
+        b"",
+        b'{"text":"  "}',
+    ]
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\n".join(rows) + b"\n")
+    documents = documents_of(tmp_path / "a.jsonl")
+    texts = [document.text for document in documents]
+    assert texts == ["bad \ufffd byte", "lone \ufffd surrogate", "pair \U0001f600 nul \0", "bom"]
+    assert documents.counts == {"documents": 4, "empty_documents": 2, "replaced_characters": 2}
+
+
+# -- what a user can get wrong ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [(None, "null"), (5, r"a number \(5\)"), (["a"], r"a list \(\['a'\]\)"), ({"a": 1}, "an object")],
+)
+@pytest.mark.parametrize("ending", ["jsonl", "json", "parquet"])
+def test_a_row_without_text_is_named(tmp_path, ending, value, found):
+    path = write_rows(tmp_path / f"a.{ending}", [value, value])
+    with pytest.raises(InputError, match=rf"corpus.text_column='text': .*row 1 of .*holds {found}"):
+        documents_of(path)  # what the first row shows is known on opening
+
+
+def test_a_later_row_without_text_is_named_when_it_is_read(tmp_path):
+    documents = documents_of(write_rows(tmp_path / "a.jsonl", ["fine", None]))
+    assert next(documents).text == "fine"
+    with pytest.raises(InputError, match=r"corpus.text_column='text': .*row 2 of .*holds null"):
+        next(documents)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "parquet"])
+def test_a_missing_column_lists_those_there_are(tmp_path, ending):
+    path = write_rows(tmp_path / f"a.{ending}", ROWS)
+    with pytest.raises(InputError, match=r"corpus.text_column='body': expected one of the columns n, text"):
+        documents_of(path, text_column="body")
+
+
+def test_a_malformed_line_of_json_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": "cut o')
+    documents = documents_of(tmp_path / "a.jsonl")
+    with pytest.raises(InputError, match=r"row 2 of .*Unterminated string"):
+        list(documents)
+
+
+@pytest.mark.parametrize("ending", ["json", "parquet"])
+def test_a_malformed_file_is_refused(tmp_path, ending):
+    (tmp_path / f"a.{ending}").write_bytes(b'{"text": "cut o' * 20)
+    with pytest.raises(InputError, match=rf"corpus.name=.*well-formed {ending} data"):
+        documents_of(tmp_path / f"a.{ending}")
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "missing.jsonl", "a/b/c", "no_match_*.txt"])
+def test_a_name_that_can_only_be_a_file_and_is_none_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=rf"^corpus.name='{re.escape(name)}': expected"):
+        documents_of(name)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a.txt": "x", "b.jsonl": "{}"}, "files of one format, not jsonl, text"),
+        ({"a.bin": "x"}, "files ending in .txt"),
+        ({"a.txt": "", "b.txt": ""}, "these 2 are empty"),
+        ({"a.txt": "\n \n"}, "all 1 documents are empty"),
+    ],
+)
+def test_a_folder_without_usable_text_is_refused(tmp_path, files, message):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=message):
+        list(documents_of(tmp_path))
+
+
+def test_a_corpus_without_rows_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"corpus.name=.*BatchSize must be greater than 0"):
+        documents_of(write_rows(tmp_path / "a.parquet", pyarrow.array([], pyarrow.string())))
+    (tmp_path / "a.json").write_text("[]")
+    with pytest.raises(InputError, match=r"corpus.name="):
+        documents_of(tmp_path / "a.json")
+
+
+def test_a_share_that_holds_out_nothing_or_everything_is_refused(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", ROWS[:3])
+    with pytest.raises(InputError, match=r"corpus.holdout=1e-09: .*at least one of the corpus's 3 documents"):
+        list(documents_of(path, "heldout", holdout=1e-9))
+    with pytest.raises(InputError, match=r"corpus.holdout=0.999999: .*to train on"):
+        list(documents_of(path, "train", holdout=0.999999))
+    with pytest.raises(InputError, match=r"corpus.holdout=0.0: expected a share above 0"):
+        documents_of(path, "heldout")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "corpus.name=None"),
+        ({"name": "a", "sources": [{"name": "b"}]}, "corpus.sources=.*not both"),
+        ({"sources": [{"path": "b"}]}, r"corpus.sources\[0\]="),
+        ({"sources": ["b"]}, r"corpus.sources\[0\]="),
+        ({"sources": [{"name": "b", "weigth": 2}]}, r"corpus.sources\[0\]="),
+        ({"sources": [{"name": "b"}, {"name": "b", "weight": 0}]}, r"corpus.sources\[1\].weight=0"),
+        (
+            {"name": "a", "documents": "word"},
+            "corpus.documents='word': expected one of file, line, paragraph",
+        ),
+        ({"name": "a", "bos": "always"}, "corpus.bos='always'"),
+        ({"name": "a", "holdout": 1.0}, "corpus.holdout=1.0"),
+        ({"name": "a", "context_length": 0}, "corpus.context_length=0"),
+        ({"name": "a", "max_documents": 0}, "corpus.max_documents=0"),
+    ],
+)
+def test_a_configuration_that_cannot_work_names_its_key(config, message):
+    with pytest.raises(InputError, match=message):
+        CorpusConfig(**config).specs()
+
+
+def test_files_have_no_other_split_than_train(tmp_path):
+    with pytest.raises(InputError, match=r"corpus.split='test': expected train"):
+        Documents(CorpusConfig(name=str(write_rows(tmp_path / "a.jsonl", ROWS)), split="test"))
+
+
+def test_the_fingerprint_changes_when_a_file_does_and_not_when_it_moves(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", ROWS)
+    before = documents_of(path).fingerprint()
+    (tmp_path / "moved").mkdir()
+    moved = path.rename(tmp_path / "moved" / "a.jsonl")
+    assert documents_of(moved).fingerprint() == before
+    moved.write_text(moved.read_text().replace("document 7", "document 8"))
+    changed = documents_of(moved).fingerprint()
+    assert {key for key in before if before[key] != changed[key]} == {"corpus.0.files"}
+
+
+# -- outages ----------------------------------------------------------------------------------------
+
+
+def test_a_file_that_is_away_for_a_moment_is_waited_for(tmp_path, caplog):
+    for i in range(3):
+        write_rows(tmp_path / f"{i}.jsonl", [f"{i} {j}" for j in range(5)])
+    want = [document.text for document in documents_of(tmp_path)]
+    documents = Documents(CorpusConfig(name=str(tmp_path), holdout=0.0), "train", Retry(5, 0.2, 0.5))
+    got = [next(documents).text for _ in range(3)]
+    away = tmp_path / f"{want[-1][0]}.jsonl"  # the file that is read last
+    away.rename(tmp_path / "away")
+    back = threading.Timer(0.3, lambda: (tmp_path / "away").rename(away))
+    back.start()
+    got += [document.text for document in documents]
+    back.join()
+    assert got == want
+    assert re.search(r"reading .* failed \(attempt 1 of 5\)", caplog.text)
+
+
+def test_a_file_that_stays_away_stops_the_run_after_the_retries_and_the_state_is_that_of_the_last_document(
+    tmp_path, caplog
+):
+    for i in range(2):
+        write_rows(tmp_path / f"{i}.jsonl", [f"{i} {j}" for j in range(5)])
+    documents = documents_of(tmp_path)
+    last = [next(documents) for _ in range(5)][-1]
+    away = tmp_path / ("1.jsonl" if last.text[0] == "0" else "0.jsonl")
+    content = away.read_text()
+    away.unlink()
+    with pytest.raises(StoppedEarly, match="could not be read in 3 attempts, at row 5"):
+        next(documents)
+    assert caplog.text.count("failed (attempt") == 2  # the third and last raises
+    away.write_text(content)
+    again = documents_of(tmp_path)
+    again.load_state_dict(documents.state_dict())
+    assert len(list(again)) == 5
+
+
+SHA = "a" * 40
+HUB_ROWS = [{"text": f"row {i} " + "x" * 9000} for i in range(2000)]
+HUB_FILE = "".join(json.dumps(row) + "\n" for row in HUB_ROWS).encode()  # 18 MB: several requests
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as streaming one dataset takes; `plan` spoils the requests for its data."""
+
+    protocol_version = "HTTP/1.1"
+    plan: list[str] = []  # noqa: RUF012  one server, one plan
+    spoilt: list[str] = []  # noqa: RUF012
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self, code, body=b"", **headers):
+        self.send_response(code)
+        for key, value in {
+            "Content-Length": len(body),
+            "X-Repo-Commit": SHA,
+            "ETag": '"b"',
+            **headers,
+        }.items():
+            self.send_header(key.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.answer(200, json.dumps([self.file()]).encode(), Content_Type="application/json")
+
+    @staticmethod
+    def file():
+        return {"type": "file", "path": "data.jsonl", "size": len(HUB_FILE), "oid": "b" * 40}
+
+    def do_GET(self):
+        if self.path.startswith("/plan/"):
+            Hub.plan[:] = self.path.removeprefix("/plan/").split(",")
+            self.answer(200)
+        elif self.path.startswith("/api/datasets/me/data/tree"):
+            self.answer(200, json.dumps([self.file()]).encode(), Content_Type="application/json")
+        elif self.path.startswith("/api/datasets/me/data"):
+            info = {"id": "me/data", "sha": SHA, "siblings": [{"rfilename": "data.jsonl"}], "tags": []}
+            self.answer(200, json.dumps(info).encode(), Content_Type="application/json")
+        elif self.path.endswith("data.jsonl"):
+            self.data()
+        else:
+            kind = "RepoNotFound" if "nothing" in self.path else "EntryNotFound"
+            self.answer(404, X_Error_Code=kind)
+
+    def data(self):
+        spoil = Hub.plan.pop(0) if Hub.plan and self.command == "GET" else "well"
+        if spoil != "well":
+            Hub.spoilt.append(spoil)
+        if spoil == "always403":
+            Hub.plan.insert(0, spoil)
+        first, last = 0, len(HUB_FILE) - 1
+        if match := re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+            first, last = int(match[1]), min(int(match[2]), last)
+        body = HUB_FILE[first : last + 1]
+        ranges = {"Accept_Ranges": "bytes", "Content_Range": f"bytes {first}-{last}/{len(HUB_FILE)}"}
+        if spoil.endswith(("403", "503")):
+            self.answer(int(spoil[-3:]))
+        elif spoil in ("cut", "stall"):
+            self.send_response(206)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[: len(body) // 2])
+            self.wfile.flush()
+            time.sleep(3 if spoil == "stall" else 0)
+            self.close_connection = True
+        else:
+            self.answer(206 if match else 200, body, **ranges)
+
+
+CLIENT = """
+import json, logging, os, sys, urllib.request
+logging.basicConfig(level="WARNING", format="LOG %(message)s", stream=sys.stdout)
+from sae_train.errors import InputError, StoppedEarly
+from sae_train.harvest.corpus import CorpusConfig, Documents
+from sae_train.harvest.texts import Retry
+
+retry = Retry(attempts=3, initial_s=0.01, max_s=0.02)
+for change in ({"name": "me/nothing"}, {"split": "other"}, {"subset": "other"}, {"name": "me / x"}):
+    try:
+        Documents(CorpusConfig(**({"name": "me/data"} | change)), retry=retry)
+    except InputError as error:
+        print("REFUSED", error)
+documents = Documents(CorpusConfig(name="me/data", holdout=0.0), retry=retry)
+print("REVISION", documents.fingerprint()["corpus.0.revision"])
+start = documents.state_dict()
+for plan in ("well,403,cut,well,503,stall", "well,always403"):
+    urllib.request.urlopen(os.environ["HF_ENDPOINT"] + "/plan/" + plan).close()
+    documents.load_state_dict(start)
+    rows = []
+    try:
+        for document in documents:
+            rows.append(document.text.split()[1])
+    except StoppedEarly as error:
+        print("STOPPED", error)
+    print("ROWS", json.dumps([int(row) for row in rows]))
+"""
+
+
+def test_a_hub_that_cuts_refuses_and_stalls_gives_every_document_once_and_one_that_stays_away_stops_the_run(
+    tmp_path,
+):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    root = Path(__file__).parents[2]
+    environment = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_DOWNLOAD_TIMEOUT": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "PATH": "/usr/bin:/bin",
+        "PYTHONPATH": f"{root}:{root / 'kernels'}",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", CLIENT],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    server.shutdown()
+    server.server_close()
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = {
+        key: re.findall(rf"^{key} (.*)", done.stdout, re.M)
+        for key in ("REFUSED", "REVISION", "STOPPED", "ROWS")
+    }
+    for line, field in zip(said["REFUSED"], ("name", "split", "subset", "name"), strict=True):
+        assert line.startswith(f"corpus.{field}="), line
+    assert said["REVISION"] == [SHA]
+    rows = [json.loads(line) for line in said["ROWS"]]
+    assert rows[0] == list(range(len(HUB_ROWS)))
+    assert set(Hub.spoilt) >= {"403", "cut", "503", "stall"}
+    assert len(said["STOPPED"]) == 1
+    assert rows[1] == list(range(len(rows[1])))
+    assert "could not be read in 3 attempts" in said["STOPPED"][0]
+
+
+def test_a_url_without_the_package_that_reads_it_is_refused(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="a URL needs the package aiohttp"):
+        documents_of("http://127.0.0.1:9/x.jsonl")
+
+
+def test_seeking_reads_no_earlier_row_group_of_a_parquet_file(tmp_path):
+    path = write_rows(tmp_path / "a.parquet", ROWS)
+    source = TextSource(TextSpec("corpus.name", str(path)), 0, QUICK)
+    texts = [next(source) for _ in range(30)]
+    cursor = source.tell()
+    rest = list(source)
+    source.seek(cursor, 30)
+    assert list(source) == rest
+    assert texts + rest == ROWS
