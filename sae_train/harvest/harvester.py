@@ -1,0 +1,209 @@
+"""The harvester: token windows in, rows of every hook out, by one forward pass that stops after the last
+hook.
+
+A pass is one micro-batch of windows. How many windows that is changes bits (matrix products are cut
+differently), so the number is chosen once, kept in `Harvester.micro_batch`, recorded and restored. Rows
+are copied out inside the hook, before the model can change the tensor in place.
+"""
+
+import inspect
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sae_train.errors import InputError
+from sae_train.harvest.capture import hooked
+from sae_train.harvest.hooks import Site
+from sae_train.harvest.kinds import skeleton
+from sae_train.harvest.windows import Windows
+
+LOG = logging.getLogger("sae_train.harvest")
+
+CPU_TOKENS = 2048
+"""Tokens per forward on a CPU. It hardly matters: SmolLM2-135M to layer 12 in float32 ran 900, 940, 917 and
+856 tokens per CPU second with 512, 1,024, 2,048 and 4,096 (one thread, Xeon at 2.5 GHz with AVX-512)."""
+
+CUDA_TOKENS = 32768
+"""At most this many tokens per forward on a GPU: matrix products are large enough, more only takes memory."""
+
+CHECK_TOKENS = 8
+
+
+class _LastHook(Exception):
+    """Raised by the hook that completes a pass, so that nothing above it is computed."""
+
+
+class Harvester:
+    """Runs a model up to its hooks.
+
+    Args:
+        model: in evaluation mode, on its device.
+        sites: the hooks, each key once.
+        micro_batch: windows per forward; None chooses, for windows of `context_length` tokens.
+
+    Attributes:
+        micro_batch: the number in use.
+        dims: site key -> D.
+
+    Raises:
+        InputError: a hook is given twice, is never or repeatedly called in a pass, or is not [B, T, D].
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: list[Site],
+        micro_batch: int | None = None,
+        *,
+        context_length: int = 256,
+    ) -> None:
+        assert sites, "no hooks"
+        keys = [site.key for site in sites]
+        for site in sites:
+            if keys.count(site.key) > 1:
+                raise InputError("hook", site.name, f"each place once; {site.key!r} is there twice")
+        self.model = model
+        self.sites = sites
+        self.device = next(model.parameters()).device
+        self.dims: Mapping[str, int] = check_sites(model, sites)
+        self.micro_batch = micro_batch if micro_batch is not None else self._size(context_length)
+
+    def rows(self, windows: Windows, out: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The rows of every hook at every position, padding included.
+
+        Args:
+            windows: [B, T] tokens; any device.
+            out: key -> [B, T, D] tensors to write into; None makes them, in the dtype of the hook.
+
+        Returns:
+            key -> [B, T, D] on the model's device.
+
+        Raises:
+            InputError: the device ran out of memory (`model.micro_batch`), or a hook is not [B, T, D].
+        """
+        num_windows = len(windows.tokens)
+        rows = {} if out is None else out
+        for start in range(0, num_windows, self.micro_batch):
+            part = slice(start, min(start + self.micro_batch, num_windows))
+            try:
+                self._forward(windows.tokens[part], windows.valid[part], part, num_windows, rows)
+            except torch.OutOfMemoryError:
+                held = f"fewer windows per forward: {self.device} ran out of memory"
+                raise InputError("model.micro_batch", self.micro_batch, held) from None
+        return rows
+
+    def _forward(
+        self, tokens: Tensor, valid: Tensor, part: slice, num_windows: int, rows: dict[str, Tensor]
+    ) -> None:
+        batch, length = tokens.shape
+        waiting = {site.key for site in self.sites}
+
+        def take(site: Site, x: Tensor) -> None:
+            if site.key not in waiting:
+                raise InputError(
+                    "hook", site.name, f"a module that runs once per pass; {site.path!r} runs again"
+                )
+            if x.shape != (batch, length, self.dims[site.key]):
+                raise _misshapen(site, x)
+            if site.key not in rows:
+                shape = (num_windows, *x.shape[1:])
+                rows[site.key] = torch.empty(shape, dtype=x.dtype, device=x.device)
+            rows[site.key][part].copy_(x)
+            waiting.discard(site.key)
+            if not waiting:
+                raise _LastHook
+
+        visits = {site: lambda x, site=site: take(site, x) for site in self.sites}
+        with torch.no_grad(), hooked(self.model, visits):
+            try:
+                self.model(**inputs(self.model, tokens, valid))
+            except _LastHook:
+                return
+        raise AssertionError(f"hooks {sorted(waiting)} did not run, although they did when they were checked")
+
+    def _size(self, context_length: int) -> int:
+        """How many windows a forward takes."""
+        if self.device.type != "cuda":
+            chosen = max(1, CPU_TOKENS // context_length)
+        else:
+            chosen = self.probe(context_length, limit=max(1, CUDA_TOKENS // context_length))
+        LOG.info("micro-batch: %d windows of %d tokens per forward", chosen, context_length)
+        return chosen
+
+    def probe(self, context_length: int, limit: int) -> int:
+        """The micro-batch: doubled until `limit`, or until memory runs out and then half of what fitted.
+
+        The half is left for the SAE, which shares the device.
+
+        Raises:
+            InputError: one window alone does not fit.
+        """
+        fits = 0
+        while fits < limit:
+            tried = min(max(1, 2 * fits), limit)
+            tokens = torch.zeros(tried, context_length, dtype=torch.int64)
+            try:
+                self._forward(tokens, torch.ones_like(tokens, dtype=torch.bool), slice(0, tried), tried, {})
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                if fits == 0:
+                    short = f"a shorter context: one window does not fit the memory of {self.device}"
+                    raise InputError("corpus.context_length", context_length, short) from None
+                return max(1, fits // 2)
+            fits = tried
+        return fits
+
+
+def inputs(model: nn.Module, tokens: Tensor, valid: Tensor) -> dict[str, Any]:
+    """Arguments of a forward: the mask only where there is padding, and no key-value cache."""
+    device = next(model.parameters()).device
+    arguments: dict[str, Any] = {"input_ids": tokens.to(device, non_blocking=True)}
+    if not bool(valid.all()):
+        arguments["attention_mask"] = valid.to(device, torch.int64)
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        arguments["use_cache"] = False
+    return arguments
+
+
+def check_sites(model: nn.Module, sites: list[Site]) -> dict[str, int]:
+    """Key -> D of each site, by one whole forward of 8 tokens: also on a model without weights (`skeleton`).
+
+    Raises:
+        InputError: a hook's module is not called, is called more than once, has no tensor, or not one of [B,
+        T, D].
+    """
+    shape = (1, CHECK_TOKENS)
+    seen: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    device = next(model.parameters()).device
+    arguments: dict[str, Any] = {"input_ids": torch.zeros(shape, dtype=torch.int64, device=device)}
+    if device.type == "meta":
+        # Transformers makes its mask by looking at values, which a meta tensor has not: give it one ready-
+        # made.
+        arguments["attention_mask"] = torch.zeros(1, 1, CHECK_TOKENS, CHECK_TOKENS, device=device)
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        arguments["use_cache"] = False
+    visits = {site: lambda x, site=site: seen[site].append(x) for site in sites}
+    with torch.no_grad(), hooked(model, visits):
+        model(**arguments)
+    for site, tensors in seen.items():
+        if len(tensors) != 1:
+            times = "never runs" if not tensors else f"runs {len(tensors)} times"
+            raise InputError("hook", site.name, f"a module that runs once per pass; {site.path!r} {times}")
+        if tensors[0].ndim != 3 or tensors[0].shape[:2] != shape:
+            raise _misshapen(site, tensors[0])
+    return {site.key: tensors[0].shape[2] for site, tensors in seen.items()}
+
+
+def dims_from_config(sites: list[Site], hf_config: Any) -> dict[str, int]:
+    """Key -> D without weights: everything that `check_sites` finds, before anything is downloaded."""
+    return check_sites(skeleton(hf_config), sites)
+
+
+def _misshapen(site: Site, x: Tensor) -> InputError:
+    shape = "x".join(str(n) for n in x.shape)
+    return InputError(
+        "hook", site.name, f"activations [windows, positions, width]; {site.path!r} has {shape}"
+    )

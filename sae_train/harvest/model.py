@@ -1,0 +1,235 @@
+"""The frozen language model: which one, in what precision, where, and proof of which one it was.
+
+What can be known from the configuration alone (`load_config`, `check_context`, `kinds.skeleton`) is checked
+before any weights are read. Loading never runs code that came with a model unless the user asked for it
+by `model.trust_remote_code=true`, and never leaves a model with weights made up for those it did not find.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sae_train.devices import native_bfloat16, pick_device
+from sae_train.errors import InputError
+from sae_train.harvest.kinds import auto_class, is_causal_lm
+from sae_train.harvest.load_errors import input_errors
+from sae_train.harvest.provenance import local_revision, tokenizer_digest
+
+LOG = logging.getLogger("sae_train.harvest")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class ModelConfig:
+    """Which language model the rows come from, and how it is run."""
+
+    name: str = "???"
+    """Hub id or folder of the model."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; it is resolved to a commit and recorded."""
+    tokenizer: str | None = None
+    """Hub id or folder of the tokenizer; null = the model's own."""
+    gguf_file: str | None = None
+    """Name of a GGUF file in the folder or repository; its weights are expanded to `dtype`."""
+    dtype: str = "auto"
+    """auto, float32, bfloat16 or float16. auto = bfloat16 where the hardware computes in it, else float32."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N. auto = cuda if there is one."""
+    attn_implementation: str | None = None
+    """sdpa, eager, flash_attention_2 ...; null = the choice of transformers. Recorded: it changes bits."""
+    micro_batch: int | None = None
+    """Windows per forward pass; null = sized automatically, once. Recorded: it changes bits."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Taken from this setting only, never from a model's files."""
+
+    def __post_init__(self) -> None:
+        if self.name.startswith("~"):
+            self.name = str(Path(self.name).expanduser())
+        if self.dtype not in ("auto", *DTYPES):
+            raise InputError("model.dtype", self.dtype, f"one of auto, {', '.join(DTYPES)}")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise InputError("model.micro_batch", self.micro_batch, "null or at least 1")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What was loaded: enough to load it again, and to notice that it is no longer the same."""
+
+    name: str
+    revision: str
+    """Commit on the hub, or a digest of a folder's configuration and weight files."""
+    dtype: str
+    device: str
+    attn_implementation: str
+    causal_lm: bool
+    fingerprint: dict[str, str]
+    """What the rows are a function of on the model's side: revision, tokenizer, dtype and attention."""
+
+
+def load_config(config: ModelConfig) -> Any:
+    """The Hugging Face configuration of the model, without its weights.
+
+    Raises:
+        InputError: not a folder, no config.json in it, not on the hub, offline, no access, an unknown kind of
+        model.
+    """
+    from transformers import AutoConfig
+
+    _check_folder(config)
+    with input_errors("model.name", config.name):
+        return AutoConfig.from_pretrained(config.name, **_where(config))
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The tokenizer of the model, or `model.tokenizer`. Raises InputError as `load_config` does."""
+    from transformers import AutoTokenizer
+
+    if config.tokenizer is not None:
+        with input_errors("model.tokenizer", config.tokenizer):
+            return AutoTokenizer.from_pretrained(config.tokenizer, trust_remote_code=config.trust_remote_code)
+    _check_folder(config)
+    with input_errors("model.tokenizer", config.name):
+        return AutoTokenizer.from_pretrained(config.name, **_where(config))
+
+
+def load_model(config: ModelConfig, tokenizer: Any = None) -> tuple[nn.Module, ModelInfo]:
+    """The model in evaluation mode without gradients, on its device, and what it is.
+
+    Args:
+        config: which model.
+        tokenizer: as `load_tokenizer` gives it, for the fingerprint; None loads it once more.
+
+    Raises:
+        InputError: the device or dtype is not there, the model cannot be found or read, or its weights are
+        incomplete.
+    """
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    hf_config = load_config(config)
+    digest = tokenizer_digest(load_tokenizer(config) if tokenizer is None else tokenizer)
+    where = _where(config)
+    if Path(config.name).is_dir():
+        revision = local_revision(config.name, config.gguf_file)
+    else:
+        revision = where["revision"] = _commit(
+            config, hf_config
+        )  # a branch may move before the weights are read
+    with input_errors("model.name", config.name):
+        model, report = auto_class(hf_config).from_pretrained(
+            config.name,
+            dtype=dtype,
+            attn_implementation=config.attn_implementation,
+            output_loading_info=True,
+            **where,
+        )
+        _check_complete(config.name, report)
+        model = model.to(device)
+    if config.gguf_file is not None:
+        _forget_quantisation(model)
+    model.eval().requires_grad_(False)
+    attention = str(model.config._attn_implementation)
+    info = ModelInfo(
+        name=config.name,
+        revision=revision,
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        attn_implementation=attention,
+        causal_lm=is_causal_lm(model),
+        fingerprint={
+            "model": config.name,
+            "model_revision": revision,
+            "tokenizer": digest,
+            "dtype": str(dtype).removeprefix("torch."),
+            "attn_implementation": attention,
+        },
+    )
+    return model, info
+
+
+def check_context(hf_config: Any, context_length: int) -> None:
+    """Raises InputError if a window is longer than the positions the model was made for."""
+    text = hf_config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    if limit is not None and text.model_type in ("roberta", "xlm-roberta", "camembert"):
+        limit -= text.pad_token_id + 1  # their positions start after the padding's
+    if limit is not None and context_length > limit:
+        raise InputError(
+            "corpus.context_length", context_length, f"at most {limit}, the positions of this model"
+        )
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that a name means on a device: auto is bfloat16 where it is computed natively.
+
+    Emulated, it is no bargain: SmolLM2-135M ran 255 tokens per CPU second in bfloat16 and 917 in float32
+    (Xeon with AVX-512 but without its bfloat16).
+    """
+    native = native_bfloat16(device)
+    if name == "auto":
+        return torch.bfloat16 if native else torch.float32
+    if name == "bfloat16" and not native:
+        LOG.warning(
+            "model.dtype=bfloat16: %s has no native bfloat16; float32 is several times faster", device
+        )
+    return DTYPES[name]
+
+
+def _where(config: ModelConfig) -> dict[str, Any]:
+    where: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if config.revision is not None:
+        where["revision"] = config.revision
+    if config.gguf_file is not None:
+        where["gguf_file"] = config.gguf_file
+    return where
+
+
+def _commit(config: ModelConfig, hf_config: Any) -> str:
+    """The commit that a hub revision means now, or meant when it was cached."""
+    from huggingface_hub import hf_hub_download
+
+    commit = getattr(hf_config, "_commit_hash", None)
+    if commit is None:  # transformers does not note it for GGUF; the cache's path has it
+        with input_errors("model.revision", str(config.revision)):
+            file = hf_hub_download(config.name, config.gguf_file or "config.json", revision=config.revision)
+        parts = Path(file).parts
+        commit = parts[parts.index("snapshots") + 1]
+    return commit
+
+
+def _check_folder(config: ModelConfig) -> None:
+    """A name that can only be a folder must be one, with what transformers needs in it."""
+    path = Path(config.name)
+    if not path.exists():
+        if config.name.startswith((".", "/")) or config.name.count("/") > 1:
+            raise InputError("model.name", config.name, "a folder that exists, or a hub id")
+        return
+    needed = config.gguf_file or "config.json"
+    if not (path / needed).is_file():
+        raise InputError("model.name", config.name, f"a folder with {needed} in it")
+
+
+def _check_complete(name: str, report: dict[str, Any]) -> None:
+    """Transformers fills in random numbers for what it does not find; an SAE must not be trained on those.
+
+    A pooler above the encoder is no part of the residual stream and often absent.
+    """
+    lost = [key for key in report["missing_keys"] if "pooler" not in key.split(".")]
+    lost += [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
+    if lost:
+        lost = sorted(lost)
+        raise InputError(
+            "model.name", name, f"a complete model; {len(lost)} tensors are missing or misshapen: {lost[0]}"
+        )
+
+
+def _forget_quantisation(model: Any) -> None:
+    """GGUF weights are plain tensors once loaded; the marks left over would stop it from being saved."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config

@@ -1,0 +1,210 @@
+"""Cross-entropy of the language model with its activations replaced: what an SAE costs the model.
+
+The site's tensor is replaced at *ordinary* positions only (the mask of `filters.keep_mask`); special tokens,
+sinks and padding keep what the model computed, and predictions made *from* them are not counted, because an
+SAE was never trained on those rows. A prediction counts when its input position is ordinary and its target is
+a real token. Peers that replace every position, BOS included, report other numbers for the same SAE.
+
+Scores:
+
+    recovered_zero = (ce_zero - ce_sae) / (ce_zero - ce_clean)      the usual, flattering one
+    recovered_mean = (ce_mean - ce_sae) / (ce_mean - ce_clean)      against replacing by the mean row
+
+Zero is far from anything the model has seen, so the first looks good for any SAE: always read the raw
+cross-entropies. KL is KL(clean || replaced) per counted prediction. All in nats.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sae_train.errors import InputError
+from sae_train.harvest.capture import hooked
+from sae_train.harvest.harvester import inputs
+from sae_train.harvest.hooks import Site
+from sae_train.harvest.kinds import is_causal_lm
+from sae_train.harvest.windows import Windows
+
+Replace = Callable[[Tensor], Tensor]
+"""Rows [n, D] in the model's dtype -> what the model goes on with [n, D]."""
+
+FORWARD_TOKENS = 1024
+"""Tokens whose logits are held at once: 1,024 x 49,152 in float32 is 200 MB, and KL needs two of them."""
+
+SOFTMAX_ROWS = 256
+"""Rows whose log-softmax is taken at once, in float32: 50 MB at a vocabulary of 49,152."""
+
+
+@dataclass(frozen=True)
+class SpliceResult:
+    """Sums over the counted predictions of each window, in float64.
+
+    Attributes:
+        nll: [B] sum of next-token negative log-likelihoods.
+        tokens: [B] int64, number of predictions.
+        kl_sum: [B] sum of KL(clean || replaced), None if it was not asked for.
+    """
+
+    nll: Tensor
+    tokens: Tensor
+    kl_sum: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.tokens.sum())
+
+    @property
+    def ce(self) -> float:
+        """Mean cross-entropy per prediction; NaN if there were none."""
+        return float(self.nll.sum()) / self.num_tokens if self.num_tokens else math.nan
+
+    @property
+    def kl(self) -> float | None:
+        """Mean KL per prediction; None if it was not asked for."""
+        if self.kl_sum is None:
+            return None
+        return float(self.kl_sum.sum()) / self.num_tokens if self.num_tokens else math.nan
+
+
+def cross_entropy(
+    model: nn.Module,
+    windows: Windows,
+    mask: Tensor,
+    replace: Mapping[Site, Replace] | None = None,
+    kl: bool = False,
+) -> SpliceResult:
+    """Next-token cross-entropy of each window, with sites replaced at the positions of the mask.
+
+    Args:
+        model: a causal LM.
+        windows: [B, T] tokens.
+        mask: [B, T] bool, the ordinary positions.
+        replace: what to do at which site; None leaves the model as it is.
+        kl: also the KL from the unchanged model, which costs a second forward.
+
+    Raises:
+        InputError: the model is not a causal LM.
+    """
+    _check_causal(model)
+    parts = []
+    for part in _chunks(windows):
+        tokens, valid, chosen = windows.tokens[part], windows.valid[part], mask[part]
+        clean = logits(model, tokens, valid, chosen) if kl else None
+        changed = logits(model, tokens, valid, chosen, replace)
+        parts.append(score(changed, tokens, valid, chosen, clean))
+    return _together(parts)
+
+
+def splice_report(
+    model: nn.Module, windows: Windows, mask: Tensor, site: Site, reconstruct: Replace, mean: Tensor
+) -> dict[str, float]:
+    """What replacing a site's rows by their reconstruction costs, next to zero- and mean-ablation.
+
+    Args:
+        model: a causal LM.
+        windows: [B, T] held-out tokens.
+        mask: [B, T] bool, the ordinary positions.
+        site: where the SAE belongs.
+        reconstruct: rows [n, D] -> [n, D], the SAE.
+        mean: [D] mean of ordinary rows, for mean-ablation.
+
+    Returns:
+        ce_clean, ce_sae, ce_zero, ce_mean, kl_sae (nats per prediction), recovered_zero, recovered_mean (1 =
+        nothing lost, 0 = no better than the ablation; NaN where the ablation costs nothing), tokens (number
+        of predictions).
+
+    Raises:
+        InputError: the model is not a causal LM, or no prediction can be counted.
+    """
+    _check_causal(model)
+    ways: dict[str, Replace] = {
+        "sae": reconstruct,
+        "zero": torch.zeros_like,
+        "mean": lambda rows: mean.to(rows).expand_as(rows),
+    }
+    parts: dict[str, list[SpliceResult]] = {name: [] for name in ("clean", *ways)}
+    for part in _chunks(windows):
+        tokens, valid, chosen = windows.tokens[part], windows.valid[part], mask[part]
+        clean = logits(model, tokens, valid, chosen)
+        parts["clean"].append(score(clean, tokens, valid, chosen))
+        for name, way in ways.items():
+            changed = logits(model, tokens, valid, chosen, {site: way})
+            parts[name].append(score(changed, tokens, valid, chosen, clean if name == "sae" else None))
+    sums = {name: _together(results) for name, results in parts.items()}
+    if not sums["clean"].num_tokens:
+        raise InputError("eval", "held-out windows", "at least one ordinary token with a token after it")
+    report = {f"ce_{name}": result.ce for name, result in sums.items()}
+    report["kl_sae"] = sums["sae"].kl or 0.0
+    for name in ("zero", "mean"):
+        lost = report[f"ce_{name}"] - report["ce_clean"]
+        report[f"recovered_{name}"] = (report[f"ce_{name}"] - report["ce_sae"]) / lost if lost else math.nan
+    report["tokens"] = float(sums["clean"].num_tokens)
+    return report
+
+
+def logits(
+    model: nn.Module,
+    tokens: Tensor,
+    valid: Tensor,
+    mask: Tensor,
+    replace: Mapping[Site, Replace] | None = None,
+) -> Tensor:
+    """[B, T, vocabulary] in the model's dtype, with sites replaced where mask [B, T] is True."""
+
+    def visit(x: Tensor, way: Replace) -> Tensor:
+        here = mask.to(x.device)
+        changed = x.clone()
+        changed[here] = way(x[here]).to(x.dtype)
+        return changed
+
+    visits = {site: lambda x, way=way: visit(x, way) for site, way in (replace or {}).items()}
+    with torch.no_grad(), hooked(model, visits):
+        return model(**inputs(model, tokens, valid)).logits
+
+
+def score(
+    logits: Tensor, tokens: Tensor, valid: Tensor, mask: Tensor, clean: Tensor | None = None
+) -> SpliceResult:
+    """Sums over the predictions that count, from logits [B, T, V]; with `clean` also the KL from those."""
+    device = logits.device
+    counted = (mask[:, :-1].cpu() & valid[:, :-1].cpu() & valid[:, 1:].cpu()).to(device)
+    window, position = counted.nonzero(as_tuple=True)
+    target = tokens.to(device)[window, position + 1]
+    nll = torch.zeros(len(tokens), dtype=torch.float64, device=device)
+    kl_sum = torch.zeros_like(nll)
+    for start in range(0, len(window), SOFTMAX_ROWS):
+        part = slice(start, start + SOFTMAX_ROWS)
+        rows, columns = window[part], position[part]
+        p = logits[rows, columns].float()
+        log_z = p.logsumexp(dim=-1)
+        nll.index_add_(0, rows, (log_z - p.gather(1, target[part, None]).squeeze(1)).double())
+        if clean is not None:
+            q = clean[rows, columns].float()
+            log_p, log_q = p - log_z[:, None], q - q.logsumexp(dim=-1, keepdim=True)
+            kl_sum.index_add_(0, rows, (log_q.exp() * (log_q - log_p)).sum(dim=-1).double())
+    return SpliceResult(nll, counted.sum(dim=1), None if clean is None else kl_sum)
+
+
+def _chunks(windows: Windows) -> list[slice]:
+    num_windows, length = windows.tokens.shape
+    step = max(1, FORWARD_TOKENS // length)
+    return [slice(start, start + step) for start in range(0, num_windows, step)]
+
+
+def _together(parts: list[SpliceResult]) -> SpliceResult:
+    kl = [part.kl_sum for part in parts if part.kl_sum is not None]
+    return SpliceResult(
+        nll=torch.cat([part.nll for part in parts]),
+        tokens=torch.cat([part.tokens for part in parts]),
+        kl_sum=torch.cat(kl) if kl else None,
+    )
+
+
+def _check_causal(model: nn.Module) -> None:
+    if not is_causal_lm(model):
+        raise InputError(
+            "model.name", type(model).__name__, "a causal LM: cross-entropy needs next-token predictions"
+        )
