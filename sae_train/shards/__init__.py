@@ -1,0 +1,1 @@
+"""Activation shards: the unit in which rows are harvested, shuffled, stored, trained on and resumed."""
