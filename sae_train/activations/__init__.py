@@ -1,0 +1,1 @@
+"""Activations: what turns pre-activations into sparse codes. One file each, found by name."""

@@ -1,0 +1,127 @@
+"""Evaluation on held-out rows: documents that training never sees, harvested once and kept."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sae_train.errors import InputError
+from sae_train.metrics.base import METRICS, EvalBatch, Metric, MetricConfig
+from sae_train.registry import nearest
+from sae_train.sae.base import SAE
+
+Splice = Callable[[str, Callable[[Tensor], Tensor], Tensor], dict[str, float]]
+"""(hook, reconstruct [n, D] -> [n, D], mean row [D]) -> cross-entropies of the model with rows replaced."""
+
+
+@dataclass
+class EvalConfig:
+    """When and on how much held-out data the members are judged."""
+
+    every: int | None = None
+    """Steps between evaluations while training. Unset: a quarter of the run. 0: only at the end."""
+    tokens: int = 32_768
+    """Held-out tokens for reconstruction metrics."""
+    ce_tokens: int = 8_192
+    """Held-out tokens for cross-entropy with the SAE spliced into the model (end of run). 0 is off."""
+    batch_tokens: int = 2_048
+    metrics: list[str] = field(default_factory=lambda: ["fvu", "l0", "fidelity", "density"])
+    outlier_multiple: float = 10.0
+    """Rows whose norm is above this multiple of the median are outliers: counted in fvu_all only."""
+
+    def __post_init__(self) -> None:
+        if self.every is not None and self.every < 0:
+            raise InputError("eval.every", self.every, "a number of steps, 0 for only at the end, or null")
+        for key in ("tokens", "batch_tokens"):
+            if getattr(self, key) < 1:
+                raise InputError(f"eval.{key}", getattr(self, key), "a whole number of at least 1")
+        if self.ce_tokens < 0:
+            raise InputError("eval.ce_tokens", self.ce_tokens, "a whole number of at least 0")
+        if not self.outlier_multiple > 1:
+            raise InputError("eval.outlier_multiple", self.outlier_multiple, "a number above 1")
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows that training never sees.
+
+    Attributes:
+        rows: hook -> [R, D], outlier tokens included.
+        ordinary: hook -> [R] bool, False for outlier tokens.
+    """
+
+    rows: dict[str, Tensor]
+    ordinary: dict[str, Tensor]
+
+    def mean(self, hook: str) -> Tensor:
+        """[D] float32 mean of the ordinary rows."""
+        return self.rows[hook][self.ordinary[hook]].double().mean(dim=0).float()
+
+
+def collect(parts: Iterable[Mapping[str, Tensor]], tokens: int, outlier_multiple: float) -> HeldOut:
+    """Concatenate held-out rows until there are `tokens` of them, and mark the outliers.
+
+    Raises:
+        InputError: there is no held-out row at all.
+    """
+    taken: list[Mapping[str, Tensor]] = []
+    rows = 0
+    for part in parts:
+        taken.append(part)
+        rows += len(next(iter(part.values())))
+        if rows >= tokens:
+            break
+    if rows == 0:
+        raise InputError(
+            "corpus.holdout", 0, "at least one held-out row for evaluation; raise the held-out share"
+        )
+    whole = {hook: torch.cat([part[hook] for part in taken])[:tokens] for hook in taken[0]}
+    return HeldOut(whole, {hook: ordinary_rows(x, outlier_multiple) for hook, x in whole.items()})
+
+
+def ordinary_rows(rows: Tensor, multiple: float) -> Tensor:
+    """[R] bool: rows [R, D] whose norm is at most `multiple` times the median norm."""
+    norm = rows.float().norm(dim=-1)
+    return norm <= multiple * norm.median()
+
+
+def build_metrics(names: list[str], d_in: int, d_sae: int) -> list[Metric]:
+    known = list(METRICS)
+    for name in names:
+        if name not in known:
+            raise InputError("eval.metrics", name, nearest(name, known))
+    return [METRICS.build(MetricConfig(name), d_in, d_sae) for name in names]
+
+
+@torch.no_grad()
+def evaluate(
+    sae: SAE, hook: str, heldout: HeldOut, config: EvalConfig, splice: Splice | None = None
+) -> tuple[dict[str, float], list[Metric]]:
+    """Judge one SAE.
+
+    Args:
+        sae: any architecture, in training or published form.
+        hook: which held-out rows it reads.
+        heldout: the rows.
+        config: metrics and batch size.
+        splice: measures cross-entropy with the SAE in the model's place; None leaves that out.
+
+    Returns:
+        Numbers by name, and the metric objects (histograms, held-out counts) behind them.
+    """
+    device = sae.input_scale.device
+    metrics = build_metrics(config.metrics, sae.d_in, sae.d_sae)
+    rows, ordinary = heldout.rows[hook], heldout.ordinary[hook]
+    for x, plain in zip(rows.split(config.batch_tokens), ordinary.split(config.batch_tokens), strict=True):
+        x = x.to(device).float()
+        codes = sae.encode(x)
+        batch = EvalBatch(x, sae.decode(codes), codes, plain.to(device))
+        for metric in metrics:
+            metric.update(batch)
+    numbers: dict[str, float] = {}
+    for metric in metrics:
+        numbers |= metric.compute()
+    if splice is not None:
+        numbers |= splice(hook, lambda x: sae(x.to(device)).to(x.device, x.dtype), heldout.mean(hook))
+    return numbers, metrics

@@ -1,0 +1,1 @@
+"""Architectures: how rows become pre-activations and codes become reconstructions. One file each."""
