@@ -1,0 +1,48 @@
+"""README.md of a published SAE: what it is, how good it is, how to load it."""
+
+from pathlib import Path
+from typing import Any
+
+from sae_train.files import write_bytes
+from sae_train.report.table import METRICS, complete, shown
+
+
+def write_card(path: Path, description: str, numbers: dict[str, float], meta: dict[str, Any]) -> None:
+    """Write the card. Texts from outside lose the characters that mean something to Markdown or HTML."""
+    numbers = complete(numbers)
+
+    def known(key: str) -> str:
+        return escape(str(meta.get(key, "unknown")))
+
+    rows = [
+        f"| {metric.label} | {shown(name, numbers[name])} | {metric.meaning} |"
+        for name, metric in METRICS.items()
+        if name in numbers
+    ]
+    lines = [
+        f"# {escape(description)}",
+        "",
+        f"Model `{known('model')}`, revision `{known('model_revision')}`, "
+        f"trained on {meta['tokens']:,} tokens, seed {meta['seed']}.",
+        "",
+        "| held-out | value | meaning |",
+        "|---|---|---|",
+        *rows,
+        "",
+        "```python",
+        "from sae_train import load_sae",
+        'sae = load_sae("path/to/this/folder")',
+        "codes = sae.encode(x)        # x: [n, d] raw activations",
+        "x_hat = sae.decode(codes)",
+        "```",
+        "",
+        "`features.safetensors` holds firing counts, densities, mean and maximum activations,",
+        "and the lists of dead and dense latents.",
+        "",
+    ]
+    write_bytes(path, "\n".join(lines).encode())
+
+
+def escape(text: str) -> str:
+    """Text without the characters that mean something to Markdown, HTML or a terminal."""
+    return "".join(c if (c.isprintable() and c not in "`<>|\\[]*_#") or c == "_" else " " for c in text)

@@ -1,0 +1,186 @@
+"""Copies of the metrics for people: Weights & Biases and TensorBoard, each in a thread of its own.
+
+metrics.jsonl is the record; these are copies, and a copy may be late, partial or absent without the
+run noticing. Numbers go into a bounded queue that one daemon thread empties. A service that blocks
+fills the queue and further numbers are dropped and counted; one that raises is reported once and
+left alone; at the end it gets a few seconds to finish and is then left behind.
+"""
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+logger = logging.getLogger(__name__)
+
+QUEUE_WRITES = 1024
+"""Writes that may wait: 10,000 steps at the default of one write every 10 steps."""
+
+WANDB_TIMEOUT_S = 15.0
+"""For wandb to connect, and again to upload the rest at the end. Half of the 30 s that a run waits."""
+
+
+class Sink(Protocol):
+    name: str
+
+    def open(self) -> None: ...
+
+    def write(self, step: int, scalars: dict[str, float]) -> None: ...
+
+    def close(self, exit_code: int) -> None: ...
+
+
+class WandbSink:
+    """Weights & Biases. Offline it needs no network and no account: `wandb sync` uploads the folder later.
+
+    Only the scalars and the redacted configuration are handed over: no code, git state, command line, package
+    list, machine facts or console output, any of which may hold what the user did not mean to publish.
+    """
+
+    name = "wandb"
+
+    def __init__(
+        self, folder: Path, run_id: str, project: str, mode: str, run_config: dict[str, Any]
+    ) -> None:
+        self.folder, self.run_id, self.project, self.mode = folder, run_id, project, mode
+        self.run_config = run_config
+        self._run: Any = None
+
+    def open(self) -> None:
+        import wandb
+
+        if self.mode == "online" and not wandb.login(prompt=False, verify=False):
+            raise RuntimeError(
+                "no credentials: set WANDB_API_KEY, run `wandb login` or use wandb_mode=offline"
+            )
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            save_code=False,
+            disable_code=True,
+            disable_git=True,
+            disable_job_creation=True,
+            x_disable_meta=True,
+            x_disable_machine_info=True,
+            x_disable_stats=True,
+            x_save_requirements=False,
+            init_timeout=WANDB_TIMEOUT_S,
+            finish_timeout=WANDB_TIMEOUT_S,
+        )
+        self._run = wandb.init(
+            project=self.project,
+            id=self.run_id,
+            resume="allow",
+            mode="online" if self.mode == "online" else "offline",
+            dir=str(self.folder),
+            config=self.run_config,
+            settings=settings,
+        )
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        self._run.log(scalars, step=step)
+
+    def close(self, exit_code: int) -> None:
+        self._run.finish(exit_code=exit_code)
+
+
+class TensorBoardSink:
+    """TensorBoard event files under RUN/tensorboard. A resumed run hides the steps that it writes again."""
+
+    name = "tensorboard"
+
+    def __init__(self, folder: Path, purge_step: int | None) -> None:
+        self.folder, self.purge_step = folder / "tensorboard", purge_step
+        self._writer: Any = None
+
+    def open(self) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(self.folder), purge_step=self.purge_step)
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self, exit_code: int) -> None:
+        self._writer.close()
+
+
+class _Reported:
+    """Ends a thread's error here: logged with its traceback, never raised into a thread that nobody joins.
+
+    This is the one place that stops every kind of error: what a third-party service may raise has no list
+    (wandb raises bare `Exception` subclasses of its own), and none of it may end a run.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if error is None:
+            return False
+        logger.warning(
+            "%s stopped (%s: %s); the run goes on and metrics.jsonl keeps every step",
+            self.name,
+            type(error).__name__,
+            error,
+            exc_info=error,
+        )
+        return isinstance(error, Exception)
+
+
+class Background:
+    """A sink behind a bounded queue: `put` and `close` never raise, and only `close` ever waits."""
+
+    def __init__(self, sink: Sink, queue_writes: int = QUEUE_WRITES) -> None:
+        self.sink = sink
+        self.dropped = 0
+        self._exit_code = 0
+        self._queue: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue(queue_writes)
+        self._thread = threading.Thread(target=self._work, name=sink.name, daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        with _Reported(self.sink.name):
+            self.sink.open()
+            while (item := self._queue.get()) is not None:
+                self.sink.write(*item)
+            self.sink.close(self._exit_code)
+
+    def put(self, step: int, scalars: dict[str, float]) -> None:
+        """Hand over numbers without waiting. Dropped once the sink has stopped or is 1,024 writes behind."""
+        try:
+            if self._thread.is_alive():
+                self._queue.put_nowait((step, scalars))
+        except queue.Full:
+            self.dropped += 1
+            if self.dropped == 1:
+                logger.warning(
+                    "%s does not keep up: steps from %d on may be missing there; metrics.jsonl has them all",
+                    self.sink.name,
+                    step,
+                )
+
+    def close(self, timeout_s: float, exit_code: int = 0) -> None:
+        """Let the sink write what is queued and finish, for at most `timeout_s`; then leave it behind."""
+        deadline = time.monotonic() + timeout_s
+        self._exit_code = exit_code
+        asked = False
+        while not asked and self._thread.is_alive() and time.monotonic() < deadline:
+            with contextlib.suppress(
+                queue.Full
+            ):  # there is room once the sink writes, and none ever if it died
+                self._queue.put(None, timeout=min(0.1, timeout_s))
+                asked = True
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive():
+            logger.warning("%s did not finish within %.0f s and is left behind", self.sink.name, timeout_s)
