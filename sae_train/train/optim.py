@@ -1,0 +1,75 @@
+"""Optimizer and learning-rate schedule of one member: torch's own, configured."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from sae_train.errors import InputError
+
+REFERENCE_WIDTH = 2**14
+"""Width at which `lr_base` holds; the 1/sqrt(F) rule is that of Gao et al. 2024 (arXiv:2406.04093)."""
+
+
+@dataclass
+class OptimConfig:
+    """Adam with linear warm-up, a plateau, and linear decay to zero."""
+
+    name: str = "adam"
+    """adam (torch.optim.Adam, fused)."""
+    lr: float | None = None
+    """Peak learning rate. Unset: lr_base * sqrt(2^14 / d_sae)."""
+    lr_base: float = 1e-3
+    """Peak learning rate of an SAE with 2^14 latents."""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    warmup: float = 0.02
+    """Share of the steps over which the learning rate rises from 0."""
+    decay: float = 0.2
+    """Share of the steps, at the end, over which it falls to 0."""
+    clip: float | None = 1.0
+    """Gradient norm above which gradients are scaled down; null is off."""
+
+    def __post_init__(self) -> None:
+        if self.name != "adam":
+            raise InputError("optim.name", self.name, "adam")
+        for key in ("lr", "lr_base", "eps", "clip"):
+            value = getattr(self, key)
+            if value is None and key in ("lr", "clip"):
+                continue
+            if not (isinstance(value, int | float) and value > 0 and math.isfinite(value)):
+                raise InputError(f"optim.{key}", value, "a positive finite number")
+        for key in ("beta1", "beta2"):
+            if not 0 <= getattr(self, key) < 1:
+                raise InputError(f"optim.{key}", getattr(self, key), "a number in [0, 1)")
+        if not (self.warmup >= 0 and self.decay >= 0 and self.warmup + self.decay <= 1):
+            raise InputError(
+                "optim.warmup+decay", (self.warmup, self.decay), "two shares that add up to at most 1"
+            )
+
+    def peak_lr(self, d_sae: int) -> float:
+        """Learning rate on the plateau for an SAE with d_sae latents."""
+        return self.lr if self.lr is not None else self.lr_base * math.sqrt(REFERENCE_WIDTH / d_sae)
+
+
+def build_optimizer(config: OptimConfig, params: Iterable[nn.Parameter], d_sae: int) -> torch.optim.Optimizer:
+    """Fused Adam over fp32 master weights; it can skip a step on the device (see `stepper`)."""
+    return torch.optim.Adam(
+        params, lr=config.peak_lr(d_sae), betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+    )
+
+
+def build_schedule(config: OptimConfig, optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
+    """Warm-up over the first share of `steps`, plateau, linear decay that would reach 0 at step `steps`."""
+    warmup, decay = config.warmup * steps, config.decay * steps
+
+    def factor(step: int) -> float:
+        rise = min(1.0, (step + 1) / warmup) if warmup >= 1 else 1.0
+        fall = min(1.0, (steps - step) / decay) if decay >= 1 else 1.0
+        return max(0.0, min(rise, fall))
+
+    return LambdaLR(optimizer, factor)

@@ -1,0 +1,69 @@
+"""run.json: what a run is, how far it is, and what decided its bits. Written by rename, never half there."""
+
+import platform
+import sys
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from sae_train.errors import InputError
+from sae_train.files import read_json, write_json
+
+FORMAT_VERSION = 1
+MAX_RECORD_BYTES = 4 << 20
+
+
+@dataclass
+class RunRecord:
+    """Facts about a run.
+
+    Attributes:
+        status: running, stopped or done.
+        config: the configuration it was started with, as plain values.
+        fingerprint: everything its rows are a function of.
+        chosen: values chosen automatically once and kept on resume (harvest micro-batch, threads, precision).
+        steps: planned optimizer steps.
+        step, tokens: how far the run was when this was written.
+    """
+
+    status: str
+    config: dict[str, Any]
+    fingerprint: dict[str, str]
+    chosen: dict[str, Any]
+    steps: int
+    step: int = 0
+    tokens: int = 0
+    command: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / "run.json", asdict(self))
+
+    @classmethod
+    def read(cls, folder: Path) -> "RunRecord | None":
+        """The record of a run folder, or None where no run was started.
+
+        Raises:
+            InputError: the file is not a record this release reads.
+        """
+        path = folder / "run.json"
+        if not path.exists():
+            return None
+        data = read_json(path, MAX_RECORD_BYTES)
+        if not isinstance(data, dict) or data.get("format_version") != FORMAT_VERSION:
+            found = data.get("format_version") if isinstance(data, dict) else None
+            raise InputError(str(path), found, f"format version {FORMAT_VERSION}, the one this release reads")
+        known = {name for name in cls.__dataclass_fields__}
+        if set(data) != known:
+            raise InputError(str(path), sorted(set(data) ^ known), "a record written by this release")
+        return cls(**data)
+
+
+def versions() -> dict[str, str]:
+    """Versions that a bit-exact repetition would need."""
+    packages = ("sae-train", "torch", "transformers", "datasets", "tokenizers", "safetensors", "numpy")
+    return {"python": sys.version.split()[0], "machine": platform.machine()} | {
+        name: version(name) for name in packages
+    }

@@ -1,0 +1,74 @@
+"""May a run that was started with one configuration continue with another? Field by field.
+
+Allowed fields change what is seen or kept, never a bit of the result. Warned fields may change the
+last bits of floating-point sums; the run goes on and says so. Everything else changes what is being
+trained, so the run is refused and asked for a folder of its own.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from sae_train.errors import InputError
+
+logger = logging.getLogger("sae_train.train")
+
+ALLOWED = ("run.dir", "run.name", "logger", "checkpoint", "eval", "source.prefetch")
+WARNED = ("run.threads", "model.device", "model.attn_implementation")
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings to dotted keys: {"a": {"b": 1}} -> {"a.b": 1}. Empty mappings and lists are leaves."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            out |= flatten(value, f"{prefix}{key}.")
+        else:
+            out[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return out
+
+
+def classify(key: str) -> str:
+    """allowed, warned or refused."""
+    for name, prefixes in (("allowed", ALLOWED), ("warned", WARNED)):
+        if any(key == p or key.startswith(p + ".") for p in prefixes):
+            return name
+    return "refused"
+
+
+def check_resume(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Compare the configuration a run was started with to the one it is asked to continue with.
+
+    Raises:
+        InputError: a field that changes what is trained differs; names it with both values.
+    """
+    was, now = flatten(old), flatten(new)
+    # A member repeats what the run says; the run's own key is the one the user knows.
+    for key in sorted(was.keys() | now.keys(), key=lambda key: (key.startswith("members."), key)):
+        before, after = was.get(key), now.get(key)
+        if before == after:
+            continue
+        kind = classify(key)
+        if kind == "refused":
+            raise InputError(
+                key, after, f"{before!r}, with which this run was started (or another run.dir for a new run)"
+            )
+        if kind == "warned":
+            logger.warning(
+                "%s was %r and is now %r: results may differ in their last bits", key, before, after
+            )
+
+
+def check_fingerprint(old: Mapping[str, str], new: Mapping[str, str]) -> None:
+    """Refuse to continue on other data or another model than the run was started with.
+
+    Raises:
+        InputError: naming the part that changed.
+    """
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            raise InputError(
+                key,
+                new.get(key),
+                f"{old.get(key)!r} as when the run was started; it changed since (use another run.dir)",
+            )

@@ -1,0 +1,244 @@
+"""Optimizer, schedule, clock, registry and the steps of a member do what they say."""
+
+import copy
+import math
+import random
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from sae_train.activations.topk import TopKConfig
+from sae_train.batch import Batch
+from sae_train.errors import InputError
+from sae_train.registry import Registry, nearest
+from sae_train.sae.init import geometric_median
+from sae_train.sae.linear import LinearConfig
+from sae_train.train.clock import Clock, time_shares
+from sae_train.train.members import DEAD_REFRESH_STEPS, Member, MemberConfig
+from sae_train.train.optim import OptimConfig, build_optimizer, build_schedule
+from sae_train.train.resume import check_fingerprint, check_resume, classify, flatten
+from sae_train.train.state import rng_state, set_rng_state
+from sae_train.train.stepper import AutogradStepper
+
+D, F, N = 8, 24, 32
+
+
+def make_member(steps: int = 100, ema: float = 0.0, **optim) -> Member:
+    config = MemberConfig(
+        "main", "h", 0, LinearConfig(d_sae=F, activation=TopKConfig(k=3)), OptimConfig(**optim)
+    )
+    member = Member(config, D, steps, steps * N, ema, torch.device("cpu"))
+    member.initialise({"h": rows(0)})
+    return member
+
+
+def rows(seed: int) -> torch.Tensor:
+    return torch.randn(N, D, generator=torch.Generator().manual_seed(seed)) * 2 + 1
+
+
+def weights(member: Member) -> dict[str, torch.Tensor]:
+    return {name: t.detach().clone() for name, t in member.sae.state_dict().items()}
+
+
+def test_learning_rate_warms_up_holds_and_falls_to_zero():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    config = OptimConfig(lr=2.0, warmup=0.1, decay=0.2)
+    optimizer = build_optimizer(config, [parameter], 100)
+    schedule = build_schedule(config, optimizer, 100)
+    seen = []
+    for _ in range(100):
+        seen.append(schedule.get_last_lr()[0])
+        parameter.grad = torch.ones(1)
+        optimizer.step()
+        schedule.step()
+    assert seen[0] == pytest.approx(0.2) and seen[9] == pytest.approx(2.0)
+    assert all(lr == pytest.approx(2.0) for lr in seen[9:81])
+    assert seen[90] == pytest.approx(1.0) and seen[99] == pytest.approx(0.1)
+    assert schedule.get_last_lr()[0] == 0
+
+
+def test_default_learning_rate_falls_with_the_square_root_of_the_width():
+    assert OptimConfig().peak_lr(2**14) == pytest.approx(1e-3)
+    assert OptimConfig().peak_lr(2**16) == pytest.approx(5e-4)
+    assert OptimConfig(lr=0.1).peak_lr(2**16) == 0.1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"lr": 0.0},
+        {"lr": -1.0},
+        {"lr": math.nan},
+        {"beta1": 1.0},
+        {"warmup": 0.6, "decay": 0.6},
+        {"name": "sgd"},
+    ],
+)
+def test_optimizer_options_out_of_range_are_refused(wrong):
+    with pytest.raises(InputError, match=r"optim\."):
+        OptimConfig(**wrong)
+
+
+def test_accumulated_micro_batches_give_the_gradient_of_the_whole_batch():
+    whole, pieces = make_member(clip=None), make_member(clip=None)
+    x = rows(1)
+    AutogradStepper(1).step(whole, Batch(x, x))
+    AutogradStepper(4).step(pieces, Batch(x, x))
+    for name, tensor in weights(whole).items():
+        # gradients are sums of N terms in another order; Adam's first step divides them by themselves
+        torch.testing.assert_close(weights(pieces)[name], tensor, rtol=1e-4, atol=1e-5)
+    assert torch.equal(whole.stats.counts, pieces.stats.counts)
+
+
+def test_a_batch_with_bad_gradients_leaves_weights_and_moments_alone_and_is_counted():
+    member = make_member()
+    stepper = AutogradStepper()
+    stepper.step(member, Batch(rows(1), rows(1)))
+    before = weights(member)
+    moments = {i: s["exp_avg"].clone() for i, s in enumerate(member.optimizer.state.values())}
+    bad = rows(2)
+    bad[3, 2] = math.inf
+    stepper.step(member, Batch(bad, bad))
+    assert int(member.skipped) == 1 and int(member.skipped_in_a_row) == 1
+    for name in ("w_enc", "b_enc", "b_dec"):
+        assert torch.equal(weights(member)[name], before[name]), name
+    torch.testing.assert_close(weights(member)["w_dec"], before["w_dec"], rtol=0, atol=1e-6)
+    for i, state in enumerate(member.optimizer.state.values()):
+        assert torch.equal(state["exp_avg"], moments[i])
+        assert state["step"] == 1
+    stepper.step(member, Batch(rows(3), rows(3)))
+    assert int(member.skipped) == 1 and int(member.skipped_in_a_row) == 0
+
+
+def test_the_average_of_weights_follows_the_weights_and_is_published_with_unit_rows():
+    member = make_member(ema=0.9, lr=0.05)
+    stepper = AutogradStepper()
+    for step in range(20):
+        stepper.step(member, Batch(rows(step), rows(step)))
+    average = member.trained()
+    assert average is not member.sae
+    assert not torch.equal(average.w_enc, member.sae.w_enc)
+    assert (average.w_enc - member.sae.w_enc).norm() < member.sae.w_enc.norm()
+    assert (average.w_dec.norm(dim=-1) - 1).abs().max() < 1e-6
+    assert make_member().trained() is not None and make_member().average is None
+
+
+def test_latents_that_stay_silent_are_listed_as_dead_at_the_next_look():
+    member = make_member()
+    member.dead_after_tokens = N
+    with torch.no_grad():
+        member.sae.b_enc[5] = -1e6
+    stepper = AutogradStepper()
+    for step in range(DEAD_REFRESH_STEPS + 1):
+        member.refresh_dead(step)
+        stepper.step(member, Batch(rows(step), rows(step)))
+    assert 5 in member.dead.tolist()
+
+
+def test_dead_means_a_tenth_of_a_short_run_at_most():
+    assert make_member(steps=100).dead_after_tokens == 100 * N // 10
+
+
+def test_a_member_continues_bit_for_bit_from_its_state():
+    one, two = make_member(ema=0.5), make_member(ema=0.5)
+    stepper = AutogradStepper()
+    for step in range(5):
+        stepper.step(one, Batch(rows(step), rows(step)))
+    two.load_state_dict(copy.deepcopy(one.state_dict()))
+    for step in range(5, 10):
+        stepper.step(one, Batch(rows(step), rows(step)))
+        stepper.step(two, Batch(rows(step), rows(step)))
+    for name, tensor in weights(one).items():
+        assert torch.equal(weights(two)[name], tensor), name
+    assert torch.equal(one.trained().w_enc, two.trained().w_enc)
+    assert one.schedule.get_last_lr() == two.schedule.get_last_lr()
+
+
+def test_random_generators_continue_where_they_were():
+
+    state = rng_state()
+    want = (torch.rand(3), np.random.rand(3).tolist(), random.random())
+    set_rng_state(state)
+    got = (torch.rand(3), np.random.rand(3).tolist(), random.random())
+    assert torch.equal(want[0], got[0]) and want[1:] == got[1:]
+
+
+def test_clock_counts_nested_phases_once():
+    clock = Clock()
+    with clock.phase("outer"):
+        time.sleep(0.02)
+        with clock.phase("inner"):
+            time.sleep(0.03)
+    total = clock.total()
+    assert clock.seconds["inner"] >= 0.03 and 0.02 <= clock.seconds["outer"] < 0.03 + clock.seconds["inner"]
+    assert total == pytest.approx(sum(clock.seconds.values()))
+
+
+def test_waiting_for_rows_is_what_the_producer_did_meanwhile():
+    shares = time_shares({"SAE step": 10.0, "rows": 30.0}, {"forward": 40.0, "tokens": 20.0, "wait": 9.0})
+    assert shares == {"SAE step": 10.0, "model forward": 20.0, "tokenising": 10.0}
+    assert time_shares({"rows": 3.0}, {}) == {"waiting for rows": 3.0}
+
+
+def test_geometric_median_is_the_middle_that_an_outlier_cannot_drag():
+    g = torch.Generator().manual_seed(0)
+    points = torch.randn(501, 3, generator=g)
+    dragged = torch.cat([points, torch.full((5, 3), 1e4)])
+    centre = geometric_median(points)
+    assert (geometric_median(dragged) - centre).norm() < 0.05
+    assert (dragged.mean(dim=0) - centre).norm() > 50
+    directions = torch.nn.functional.normalize(points - centre, dim=-1)
+    assert directions.mean(dim=0).norm() < 1e-3  # the median is where unit pulls cancel
+
+
+def test_registry_refuses_doubles_and_suggests_names():
+    registry: Registry[object] = Registry("thing")
+    registry.register("topk", dict)(int)
+    with pytest.raises(ValueError, match="twice"):
+        registry.register("topk", dict)(int)
+    with pytest.raises(InputError, match=r"thing\.name='topkk'.*did you mean topk"):
+        registry.cls("topkk")
+    assert "did you mean" not in nearest("zzz", ["topk"])
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("logger.wandb", "allowed"),
+        ("checkpoint.every", "allowed"),
+        ("eval.tokens", "allowed"),
+        ("run.dir", "allowed"),
+        ("source.prefetch", "allowed"),
+        ("run.threads", "warned"),
+        ("model.device", "warned"),
+        ("optim.lr", "refused"),
+        ("sae.activation.k", "refused"),
+        ("sae.d_sae", "refused"),
+        ("run.seed", "refused"),
+        ("corpus.name", "refused"),
+        ("train.tokens", "refused"),
+        ("model.dtype", "refused"),
+        ("source.seed", "refused"),
+        ("hook", "refused"),
+    ],
+)
+def test_each_field_is_classed_for_resume(key, kind):
+    assert classify(key) == kind
+
+
+def test_a_resume_with_another_recipe_is_refused_and_names_both_values():
+    old = {"optim": {"lr": 1e-3}, "logger": {"wandb": False}}
+    check_resume(old, {"optim": {"lr": 1e-3}, "logger": {"wandb": True}})
+    with pytest.raises(InputError, match=r"optim\.lr=0\.002.*0\.001.*run\.dir"):
+        check_resume(old, {"optim": {"lr": 2e-3}, "logger": {"wandb": False}})
+
+
+def test_a_resume_on_changed_data_is_refused():
+    with pytest.raises(InputError, match=r"corpus.*xxh3:1"):
+        check_fingerprint({"corpus": "xxh3:1"}, {"corpus": "xxh3:2"})
+
+
+def test_flatten_keeps_lists_and_empty_mappings_as_leaves():
+    assert flatten({"a": {"b": [1], "c": {}}, "d": 1}) == {"a.b": [1], "a.c": {}, "d": 1}
