@@ -1,0 +1,1 @@
+"""The command line: compose a configuration, turn it into dataclasses, wire the parts, run."""

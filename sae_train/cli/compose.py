@@ -1,0 +1,130 @@
+"""Composing a command's configuration with Hydra, and saying in one line what is wrong with it."""
+
+import re
+import sys
+from collections.abc import Callable
+from importlib import resources
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sae_train.config import register
+from sae_train.errors import InputError, NumericsError, StoppedEarly
+from sae_train.registry import nearest
+from sae_train.train.resume import flatten
+
+CONFIG_MODULE = "sae_train.conf"
+
+
+def compose(verb: str, overrides: list[str]) -> DictConfig:
+    """The configuration of a command.
+
+    Raises:
+        InputError: an override is malformed, names an unknown key or option, or has the wrong type.
+    """
+    register()
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+            return hydra.compose(config_name=verb, overrides=overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _explain(verb, overrides, error) from None
+
+
+def run_composed(verb: str, args: list[str], task: Callable[[DictConfig], int]) -> int:
+    """Run a command on its composed configuration.
+
+    Plain `key=value` arguments compose here. Anything with a flag (`-m` for sweeps, `--cfg job`,
+    `--info`, `--config-dir`) goes through Hydra's own main, which knows them all.
+    """
+    flags = [arg for arg in args if arg.startswith("-")]
+    if not flags:
+        return task(compose(verb, args))
+    if not {"-m", "--multirun", "--config-dir", "-cd"} & set(flags):
+        compose(verb, [arg for arg in args if re.match(r"[~+]*[A-Za-z_./@:]+=", arg)])
+    register()
+    GlobalHydra.instance().clear()
+    codes: list[int] = []
+    failures: list[BaseException] = []
+
+    def job(config: DictConfig) -> None:
+        try:
+            codes.append(task(config))
+        except (InputError, NumericsError, StoppedEarly) as error:  # Hydra would print a traceback and exit 1
+            failures.append(error)
+
+    saved = sys.argv
+    sys.argv = [f"sae-train {verb}", *args]
+    try:
+        hydra.main(config_path=f"pkg://{CONFIG_MODULE}", config_name=verb, version_base="1.3")(job)()
+    finally:
+        sys.argv = saved
+    if failures:
+        raise failures[0]
+    return max(codes, default=0)
+
+
+def options(group: str) -> list[str]:
+    """Names that a config group offers, for example the experiments."""
+    folder = resources.files(CONFIG_MODULE).joinpath(*group.split("/"))
+    return sorted(f.name[:-5] for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def options_of(key: str) -> list[str]:
+    """Options of the group that a dotted key spells, or none where it is no group."""
+    folder = resources.files(CONFIG_MODULE).joinpath(*key.split("."))
+    return options(key.replace(".", "/")) if folder.is_dir() else []
+
+
+def _explain(verb: str, overrides: list[str], error: Exception) -> InputError:
+    causes = [error, *filter(None, (error.__cause__, error.__context__))]
+    lines = [line.strip() for cause in causes for line in str(cause).splitlines() if line.strip()]
+    text = " ".join(lines)
+    for override in reversed(overrides):  # of two for one key, the last is the one that counts
+        try:
+            parsed = OverridesParser.create().parse_override(override)
+        except HydraException:
+            return InputError(
+                "override", override, "key=value (quote values that hold spaces, commas or braces)"
+            )
+        key, value = parsed.key_or_group.replace("/", "."), str(parsed.value())
+        group = parsed.key_or_group
+        if f"Could not find '{group}/{value}'" in text:
+            return InputError(group, value, nearest(value, options(group)))
+        full_key = re.search(r"full_key: (\S+)", text)
+        named = (full_key and full_key.group(1) == key) or f"override {override}" in text
+        if named or f"'{key}'" in text or f"'{group}'" in text:
+            known = _known_keys(verb)
+            if key not in known and not any(k.startswith(key + ".") for k in known):
+                close = nearest(key, known)
+                hint = re.search(r"\(did you mean (.*)\?\)", close)
+                return InputError(
+                    key, value, f"a known key{f'; did you mean {hint.group(1)}?' if hint else ''}"
+                )
+            if "/" not in group and value in options_of(key):
+                return InputError(
+                    key, value, f"{key.replace('.', '/')}={value}, with a slash: it picks a file"
+                )
+            return InputError(key, value, _expected(text) or str(causes[-1]).splitlines()[0].rstrip("."))
+    return InputError("configuration", " ".join(overrides), lines[0] if lines else type(error).__name__)
+
+
+def _expected(text: str) -> str | None:
+    """What OmegaConf says it could not do, as what would have been accepted."""
+    kinds = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
+    found = re.search(r"could not be converted to (\w+)", text)
+    if found is None:
+        return None
+    return kinds.get(found.group(1), found.group(1))
+
+
+def _known_keys(verb: str) -> list[str]:
+    with_defaults = compose(verb, [])
+    tree = OmegaConf.to_container(with_defaults, throw_on_missing=False)
+    assert isinstance(tree, dict)
+    groups = ["experiment", "sae", "sae.activation", "model", "corpus", "source", "optim", "logger"]
+    return sorted({*flatten({str(k): v for k, v in tree.items()}), *(groups if verb != "eval" else [])})

@@ -1,0 +1,84 @@
+"""sae-train eval: held-out metrics of a run, or of one published SAE, as a table and JSON.
+
+The run's own configuration says where held-out rows come from; nothing is trained or changed.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from sae_train.cli.compose import compose, run_composed
+from sae_train.cli.finish import print_results
+from sae_train.cli.wire import wire
+from sae_train.config import Config, to_config
+from sae_train.devices import pick_device
+from sae_train.errors import InputError
+from sae_train.evaluate import evaluate
+from sae_train.files import read_json, write_json
+from sae_train.sae.io import load_sae
+from sae_train.train.record import RunRecord
+
+
+def run(args: list[str]) -> int:
+    return run_composed("eval", args, judge)
+
+
+def judge(composed: DictConfig) -> int:
+    """Evaluate; prints a table and writes eval.json beside each SAE. Returns 0."""
+    request = to_config(composed)
+    folder = Path(request.run).expanduser()
+    run_dir = folder.parent.parent if (folder / "sae.safetensors").is_file() else folder
+    record = RunRecord.read(run_dir)
+    if record is None:
+        raise InputError("run", request.run, "a run folder, or RUN/saes/NAME inside one")
+    folders = (
+        [folder] if run_dir != folder else sorted(p.parent for p in folder.glob("saes/*/sae.safetensors"))
+    )
+    if not folders:
+        raise InputError("run", request.run, "a finished run: it has published no SAE yet")
+    config = saved_config(record.config)
+    config.eval = replace(
+        config.eval,
+        tokens=request.tokens if request.tokens is not None else config.eval.tokens,
+        ce_tokens=request.ce_tokens if request.ce_tokens is not None else config.eval.ce_tokens,
+    )
+    hooks = {path: hook_of(path) for path in folders}
+    device = pick_device(config.model.device)
+    wired = wire(config, list(hooks.values()), device, dict(record.chosen))
+    try:
+        heldout = wired.heldout()
+        results: dict[str, dict[str, float]] = {}
+        for path, hook in hooks.items():
+            results[path.name], _ = evaluate(
+                load_sae(path, device), wired.key(hook), heldout, config.eval, wired.splice
+            )
+            write_json(path / "eval.json", results[path.name])
+    finally:
+        wired.source.close()
+    print_results(results)
+    print(json.dumps(results))
+    return 0
+
+
+def saved_config(tree: dict[str, Any]) -> Config:
+    """The typed configuration that a run was started with."""
+    keep = {key: value for key, value in tree.items() if key != "members"}
+    schema = compose(
+        "train", [f"sae={keep['sae']['name']}", f"sae/activation={keep['sae']['activation']['name']}"]
+    )
+    merged = OmegaConf.merge(schema, OmegaConf.create(keep))
+    assert isinstance(merged, DictConfig)
+    config: Config = to_config(merged)
+    return config
+
+
+def hook_of(folder: Path) -> str:
+    """Which hook a published SAE reads, from its config.json."""
+    data = read_json(folder / "config.json")
+    hook = data.get("meta", {}).get("hook") if isinstance(data, dict) else None
+    if not isinstance(hook, str):
+        raise InputError("run", str(folder), "a published SAE whose config.json names its hook")
+    return hook

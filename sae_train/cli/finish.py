@@ -1,0 +1,199 @@
+"""The end of a run: judge every member, write what can be published, draw the report, print the table."""
+
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import Tensor
+
+from sae_train.cli.wire import Wired
+from sae_train.config import Config, as_tree
+from sae_train.evaluate import HeldOut, Splice, evaluate
+from sae_train.files import write_json
+from sae_train.log import MetricLog, read_metrics
+from sae_train.metrics.base import Metric
+from sae_train.metrics.density import Density
+from sae_train.metrics.l0 import L0
+from sae_train.report import plots
+from sae_train.report.card import write_card
+from sae_train.report.html import MemberReport, ReportData, write_report
+from sae_train.report.table import final_table, final_text, time_table
+from sae_train.sae.io import save_sae
+from sae_train.stats import FeatureStats, write_features
+from sae_train.train.clock import Clock, time_shares
+from sae_train.train.members import Member
+from sae_train.train.record import RunRecord
+from sae_train.train.state import TrainState
+
+
+def finish(
+    config: Config,
+    folder: Path,
+    record: RunRecord,
+    wired: Wired,
+    state: TrainState,
+    heldout: HeldOut,
+    clock: Clock,
+    log: MetricLog,
+) -> None:
+    """Write RUN/saes/NAME for every member and RUN/report.html, and print the final table."""
+    results: dict[str, dict[str, float]] = {}
+    found: dict[str, list[Metric]] = {}
+    for member in state.members:
+        with clock.phase("evaluation"):
+            results[member.name], found[member.name] = evaluate(
+                member.trained(), member.hook, heldout, config.eval, timed(wired.splice, clock)
+            )
+        results[member.name]["dead"] = float(member.stats.dead(member.dead_after_tokens).double().mean())
+        log.write(
+            state.step,
+            state.tokens,
+            {f"{member.name}/heldout/{key}": value for key, value in results[member.name].items()},
+        )
+    records = read_metrics(folder)
+    reports = []
+    for member in state.members:
+        with clock.phase("report"):
+            reports.append(
+                publish(
+                    folder / "saes" / member.name,
+                    member,
+                    results[member.name],
+                    found[member.name],
+                    wired,
+                    state,
+                    records,
+                )
+            )
+    seconds = time_shares(clock.state_dict(), wired.source.seconds)
+    wall = sum(seconds.values())
+    rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    summary: dict[str, Any] = {
+        "tokens": state.tokens,
+        "steps": state.step,
+        "wall_s": wall,
+        "tokens_per_s": state.tokens / wall,
+        "peak_rss_bytes": rss_bytes,
+        "seconds": seconds,
+        "rows": dict(wired.source.counts),
+    }
+    write_json(folder / "summary.json", {"members": results} | summary)
+    time_plot = folder / "plots" / "time.png"
+    time_plot.parent.mkdir(exist_ok=True)
+    plots.time_share(seconds, time_plot)
+    report = folder / "report.html"
+    write_report(
+        report,
+        ReportData(
+            title=config.run.name,
+            run=as_tree(config),
+            members=reports,
+            time=time_table(seconds),
+            filters=dict(wired.source.counts),
+            command=record.command,
+            versions=record.versions,
+            warnings=warnings(config, state, wired),
+            summary=summary,
+        ),
+    )
+    print_results(results)
+    for name, spent, share in time_table(seconds):
+        print(f"  {name:<18} {spent:8.1f} s  {share:6.1%}")
+    print(
+        f"{state.tokens:,} tokens in {wall:,.0f} s ({state.tokens / wall:,.0f} tokens/s), "
+        f"peak memory {rss_bytes / 2**30:.2f} GiB"
+    )
+    print(f"report: {report}")
+
+
+def timed(splice: Splice | None, clock: Clock) -> Splice | None:
+    """The same measurement with its time counted as the model's: it is nearly all forward passes."""
+    if splice is None:
+        return None
+
+    def measure(hook: str, reconstruct: Callable[[Tensor], Tensor], mean: Tensor) -> dict[str, float]:
+        with clock.phase("model forward"):
+            return splice(hook, reconstruct, mean)
+
+    return measure
+
+
+def print_results(results: dict[str, dict[str, float]]) -> None:
+    """The final table: drawn on a terminal, plain and as wide as it needs to be elsewhere."""
+    console = Console(file=sys.stdout)
+    if console.is_terminal:
+        console.print(final_table(results))
+    else:
+        print(final_text(results))
+
+
+def publish(
+    folder: Path,
+    member: Member,
+    numbers: dict[str, float],
+    metrics: list[Metric],
+    wired: Wired,
+    state: TrainState,
+    records: list[dict[str, Any]],
+) -> MemberReport:
+    """Write one member's publishable folder and return what the report says about it."""
+    (folder / "plots").mkdir(parents=True, exist_ok=True)
+    sae = member.trained()
+    meta = wired.description | {"hook": member.hook, "tokens": state.tokens, "seed": member.config.seed}
+    save_sae(sae, folder, meta)
+    heldout: FeatureStats | None = next((m.stats for m in metrics if isinstance(m, Density)), None)
+    scale = float(sae.input_scale)
+    write_features(folder / "features.safetensors", member.stats, heldout, scale, member.dead_after_tokens)
+    write_json(folder / "metrics.json", {key: value for key, value in numbers.items() if value == value})
+    drawn = draw(folder / "plots", member, metrics, records)
+    name, d_sae = member.config.sae.activation.name, sae.d_sae
+    description = (
+        f"{member.config.sae.name} SAE, {name}, {d_sae:,} latents on {member.hook} (width {sae.d_in})"
+    )
+    write_card(folder / "README.md", description, numbers, meta)
+    return MemberReport(name=member.name, description=description, metrics=numbers, plots=drawn)
+
+
+def draw(
+    folder: Path, member: Member, metrics: list[Metric], records: list[dict[str, Any]]
+) -> dict[str, Path]:
+    """The member's plots, by title."""
+    name = member.name
+    drawn = {title: folder / f"{title}.png" for title in ("density", "fvu", "loss", "lr")}
+    plots.density_histogram(member.stats.density().cpu(), drawn["density"])
+    plots.curves(
+        records,
+        {"train": f"{name}/fvu", "held-out": f"{name}/heldout/fvu"},
+        drawn["fvu"],
+        "fraction of variance unexplained",
+    )
+    losses = sorted({key for record in records for key in record if key.startswith(f"{name}/loss")})
+    plots.curves(records, {key.removeprefix(f"{name}/"): key for key in losses}, drawn["loss"], "loss")
+    plots.curves(records, {"lr": f"{name}/lr"}, drawn["lr"], "learning rate")
+    for metric in metrics:
+        if isinstance(metric, L0):
+            drawn["l0"] = folder / "l0.png"
+            plots.l0_distribution(metric.histogram, drawn["l0"])
+    return drawn
+
+
+def warnings(config: Config, state: TrainState, wired: Wired) -> list[str]:
+    """What a reader of the report should know before believing its numbers."""
+    out = []
+    for member in state.members:
+        if skipped := int(member.skipped):
+            out.append(
+                f"{member.name}: {skipped} steps were skipped because their gradients were not finite."
+            )
+    if wired.splice is None:
+        out.append(
+            "Cross-entropy was not measured: there is no language model in this run, or eval.ce_tokens is 0."
+        )
+    if state.step < config.train.steps:
+        out.append(
+            f"The data ended at step {state.step} of {config.train.steps}; the learning rate did not reach 0."
+        )
+    return out

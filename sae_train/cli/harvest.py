@@ -1,0 +1,65 @@
+"""sae-train harvest: write activation shards, and held-out ones beside them, to disk.
+
+The same command continues a harvest that was interrupted; whole shards are kept. As many rows are
+written as `train.tokens` asks for, and `eval.tokens` held-out rows, outlier tokens included.
+"""
+
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from sae_train.cli.compose import run_composed
+from sae_train.cli.signals import StopSignals
+from sae_train.cli.wire import HELDOUT, wire
+from sae_train.config import HarvestConfig, to_config
+from sae_train.devices import pick_device
+from sae_train.errors import InputError, StoppedEarly
+from sae_train.shards.disk import ShardWriter
+from sae_train.shards.shard import ShardStream
+from sae_train.train.progress import Progress
+
+
+def run(args: list[str]) -> int:
+    return run_composed("harvest", args, harvest)
+
+
+def harvest(composed: DictConfig) -> int:
+    """Harvest into `out`; returns 0."""
+    config: HarvestConfig = to_config(composed)
+    if config.source.name == "shards":
+        raise InputError("source", "shards", "stream, tensors or synthetic: these rows are harvested already")
+    hooks = config.hook if isinstance(config.hook, list) else [config.hook]
+    out = Path(config.out).expanduser()
+    wired = wire(config, hooks, pick_device(config.model.device), {})
+    with StopSignals() as signals, Progress(config.train.tokens) as progress:
+        for folder, shards, rows in (
+            (out / HELDOUT, wired.heldout_shards(), config.eval.tokens),
+            (out, wired.shards, config.train.tokens),
+        ):
+            progress.phase("harvesting held-out rows" if folder.name == HELDOUT else "harvesting")
+            write(folder, shards, rows, signals, progress)
+    print(f"harvested {out}: sae-train train source=shards source.path={out}")
+    return 0
+
+
+def write(folder: Path, shards: ShardStream, rows: int, signals: StopSignals, progress: Progress) -> None:
+    """Write shards until there are `rows` rows or the data ends; skips what an earlier call wrote.
+
+    Raises:
+        StoppedEarly: a stop was asked for; whole shards are kept.
+    """
+    writer = ShardWriter(folder, shards)
+    if writer.complete and writer.rows >= rows:
+        print(f"{folder} is complete: {writer.rows} rows in {writer.shards} shards", file=sys.stderr)
+        return
+    writer.resume(shards)
+    while writer.rows < rows:
+        shard = shards.next_shard()
+        if shard is None:
+            break
+        writer.write(shard)
+        progress.update(writer.shards, writer.rows, {})
+        if (reason := signals.reason()) is not None:
+            raise StoppedEarly(f"{reason}: {writer.shards} shards are written; the same command continues")
+    writer.finish()

@@ -1,0 +1,87 @@
+"""What `sae-train COMMAND --help` prints, written by the dataclasses themselves: key, default, docstring."""
+
+import ast
+import inspect
+import textwrap
+from dataclasses import MISSING, fields, is_dataclass
+from itertools import pairwise
+from typing import Any
+
+from sae_train.cli.compose import options
+from sae_train.config import Config, EvalCommandConfig, HarvestConfig, register
+from sae_train.sae.linear import LinearConfig
+
+ROOTS = {"train": Config, "harvest": HarvestConfig, "eval": EvalCommandConfig}
+GROUPS = ("experiment", "model", "corpus", "source", "sae", "sae/activation", "optim", "logger")
+
+
+def verb_help(verb: str) -> str:
+    """Keys of a command with their defaults, and the options of every config group."""
+    if verb == "status":
+        return "usage: sae-train status run=DIR\n\n  run  the run folder\n"
+    lines = [f"usage: sae-train {verb} [experiment=NAME] [group=OPTION] [key=value ...] [--cfg job] [-m]", ""]
+    if verb != "eval":
+        register()
+        lines += ["groups (key=OPTION picks a file; the keys below override single values):"]
+        lines += [f"  {group + '=':<16} {', '.join(options(group))}" for group in GROUPS]
+        lines.append("")
+    lines += _keys(ROOTS[verb], "")
+    return "\n".join(lines)
+
+
+def _keys(cls: type, prefix: str) -> list[str]:
+    docs = field_docs(cls)
+    lines: list[str] = []
+    nested: list[str] = []
+    for f in fields(cls):
+        default = f.default_factory() if f.default_factory is not MISSING else f.default
+        key = prefix + f.name
+        child = _nested(f.name, default)
+        if child is not None:
+            nested += ["", f"{key}: {summary(child)}", *_keys(child, key + ".")]
+            continue
+        lines.append(f"  {key} = {_shown(default)}")
+        if f.name in docs:
+            lines += textwrap.wrap(docs[f.name], 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return lines + nested
+
+
+def _nested(name: str, default: Any) -> type | None:
+    if is_dataclass(default) and not isinstance(default, type):
+        return type(default)
+    if name == "sae":
+        return LinearConfig
+    return None
+
+
+def _shown(default: Any) -> str:
+    if default == "???":
+        return "required"
+    if default is None or isinstance(default, bool):
+        return {None: "null", True: "true", False: "false"}[default]
+    return str(default)
+
+
+def summary(cls: type) -> str:
+    """First line of a class docstring."""
+    return (inspect.getdoc(cls) or "").split("\n")[0]
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The strings that stand under the fields of a dataclass, its bases' included."""
+    out: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if not is_dataclass(base):
+            continue
+        tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+        body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
+        for item, following in pairwise(body):
+            if (
+                isinstance(item, ast.AnnAssign)
+                and isinstance(item.target, ast.Name)
+                and isinstance(following, ast.Expr)
+                and isinstance(following.value, ast.Constant)
+                and isinstance(following.value.value, str)
+            ):
+                out[item.target.id] = " ".join(following.value.value.split())
+    return out

@@ -1,0 +1,45 @@
+"""`sae-train VERB [key=value ...]`: finds the verb, runs it, and turns what ends it into an exit code."""
+
+import importlib
+import sys
+
+from sae_train.cli.help import overview
+from sae_train.errors import InputError, NumericsError, StoppedEarly
+from sae_train.log import printable
+from sae_train.registry import nearest
+
+VERBS = {
+    "train": "harvest activations and train SAEs on them; continues the run that is there",
+    "harvest": "write activation shards to disk, once, for any number of runs",
+    "eval": "held-out metrics of a run or of a published SAE",
+    "status": "progress, rate and last checkpoint of a run",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code (0 done, 2 input, 3 numerics, 75 stopped and saved)."""
+    args = sys.argv[1:] if argv is None else list(argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(overview(VERBS))
+        return 0
+    verb, rest = args[0], args[1:]
+    try:
+        if verb not in VERBS:
+            raise InputError("command", verb, nearest(verb, list(VERBS)))
+        if "-h" in rest or "--help" in rest:
+            print(importlib.import_module("sae_train.cli.keys").verb_help(verb))
+            return 0
+        # Each command pulls in torch and more; loading one only when it runs keeps --help immediate.
+        command = importlib.import_module(f"sae_train.cli.{verb}")
+        code: int = command.run(rest)
+        return code
+    except (InputError, NumericsError, StoppedEarly) as error:
+        print(printable(f"sae-train {verb}: {error}"), file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"sae-train {verb}: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""sae-train status run=DIR: how far a run is, at what rate, and when it was last saved."""
+
+import json
+import time
+from pathlib import Path
+
+from sae_train.checkpoint import Checkpointer
+from sae_train.errors import InputError
+from sae_train.train.record import RunRecord
+
+
+def run(args: list[str]) -> int:
+    values = dict(arg.split("=", 1) for arg in args if "=" in arg)
+    if set(values) != {"run"} or len(args) != 1:
+        raise InputError("status", " ".join(args), "run=DIR and nothing else")
+    folder = Path(values["run"]).expanduser()
+    record = RunRecord.read(folder)
+    if record is None:
+        raise InputError("run", str(folder), "a run folder (it holds run.json)")
+    last = last_record(folder / "metrics.jsonl")
+    step = max(record.step, int(last.get("step", 0)))
+    saved = Checkpointer.steps(folder / "checkpoints")
+    print(f"run        {folder}")
+    print(f"status     {record.status}, step {step} of {record.steps} ({step / record.steps:.0%})")
+    if "tokens_per_s" in last:
+        print(f"rate       {last['tokens_per_s']:,.0f} tokens/s")
+    print(f"saved      {f'step {saved[-1]}' if saved else 'nothing yet'}")
+    metrics = folder / "metrics.jsonl"
+    if metrics.exists():
+        print(f"last sign  {time.time() - metrics.stat().st_mtime:,.0f} s ago")
+    return 0
+
+
+def last_record(path: Path) -> dict[str, float]:
+    """The newest training record of metrics.jsonl, or nothing; a line cut off by a kill is passed over."""
+    if not path.exists():
+        return {}
+    for line in reversed(path.read_text(encoding="utf-8").splitlines()):
+        if line.endswith("}") and '"tokens_per_s"' in line:
+            record: dict[str, float] = json.loads(line)
+            return record
+    return {}

@@ -1,0 +1,281 @@
+"""Wiring: the one place that knows which parts a source of rows is made of.
+
+Everything cheap is checked before anything expensive is loaded: the model's configuration, hook
+names, context length, tokenizer and the corpus first, weights last.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sae_train.batch import RowProducer
+from sae_train.config import Config
+from sae_train.demo import resolve as demo
+from sae_train.errors import InputError
+from sae_train.evaluate import HeldOut, Splice, collect
+from sae_train.harvest.corpus import CorpusConfig, Documents
+from sae_train.harvest.filters import keep_mask
+from sae_train.harvest.harvester import Harvester
+from sae_train.harvest.hooks import Site, resolve
+from sae_train.harvest.kinds import is_causal_lm, skeleton
+from sae_train.harvest.model import ModelConfig, check_context, load_config, load_model, load_tokenizer
+from sae_train.harvest.splice import splice_report
+from sae_train.harvest.stream import StreamRows
+from sae_train.harvest.windows import Windows, WindowStream, check_vocabulary, special_ids
+from sae_train.registry import nearest
+from sae_train.shards.disk import DiskShards
+from sae_train.shards.ring import Prefetch
+from sae_train.shards.shard import PermutedShards, ShardStream
+from sae_train.shards.source import ShardSource
+from sae_train.shards.synthetic import SyntheticRows
+from sae_train.shards.tensors import TensorRows
+
+HELDOUT = "heldout"
+"""Folder of the held-out shards inside a harvest."""
+
+
+@dataclass
+class Wired:
+    """A source of rows with everything that came along.
+
+    Attributes:
+        shards: the shards of the training rows (what `harvest` writes).
+        source: batches of them; closed by whoever asked for it.
+        key: a hook as the user spelt it -> the name its rows travel under.
+        heldout: harvests or reads the rows that training never sees.
+        splice: cross-entropy with an SAE in the model's place; None where there is no language model.
+        heldout_shards: the held-out rows as shards, outlier tokens included.
+        description: facts about model and data for a published SAE.
+    """
+
+    shards: ShardStream
+    source: ShardSource
+    key: Callable[[str], str]
+    heldout: Callable[[], HeldOut]
+    splice: Splice | None
+    heldout_shards: Callable[[], ShardStream]
+    description: dict[str, Any]
+
+
+def wire(config: Config, hooks: list[str], device: torch.device, chosen: dict[str, Any]) -> Wired:
+    """Build the source that `source.name` asks for.
+
+    Args:
+        config: the whole configuration.
+        hooks: hooks in use, as the user spelt them; repeats allowed.
+        device: where rows are wanted.
+        chosen: values chosen automatically in an earlier leg of the run; read, and filled in when absent.
+
+    Raises:
+        InputError: anything the user gave that cannot work.
+    """
+    wirings = {"stream": _stream, "shards": _shards, "tensors": _tensors, "synthetic": _synthetic}
+    if config.source.name not in wirings:
+        raise InputError("source.name", config.source.name, nearest(config.source.name, list(wirings)))
+    return wirings[config.source.name](config, list(dict.fromkeys(hooks)), device, chosen)
+
+
+@dataclass
+class LanguageModel:
+    """A model that has been checked against the configuration, before and after its weights were read."""
+
+    model: nn.Module
+    tokenizer: Any
+    special: Tensor
+    sites: list[Site]
+    fingerprint: dict[str, str]
+    description: dict[str, Any]
+
+
+def load_language_model(
+    config: ModelConfig, corpus: CorpusConfig, hooks: list[str], before_weights: Callable[[Any], None]
+) -> LanguageModel:
+    """Check what can be checked cheaply, run `before_weights(tokenizer)` (it opens the corpus), then load.
+
+    Raises:
+        InputError: anything about model, hooks or tokenizer that cannot work.
+    """
+    if config.name in ("none", "???"):
+        raise InputError("model.name", config.name, "a Hugging Face model: model.name=HUB_ID or a folder")
+    hf_config = load_config(config)
+    bare = skeleton(hf_config)
+    sites = [resolve(hook, bare) for hook in hooks]
+    sites = list({site.key: site for site in sites}.values())
+    check_context(hf_config, corpus.context_length)
+    tokenizer = load_tokenizer(config)
+    check_vocabulary(tokenizer, hf_config.get_text_config().vocab_size)
+    before_weights(tokenizer)
+    model, info = load_model(config, tokenizer)
+    description = {
+        "model": info.name,
+        "model_revision": info.revision,
+        "dtype": info.dtype,
+        "hooks": {
+            site.key: {"module": site.path, "side": site.side, "transformer_lens": site.tl_name}
+            for site in sites
+        },
+        "context_length": corpus.context_length,
+    }
+    return LanguageModel(model, tokenizer, special_ids(tokenizer), sites, dict(info.fingerprint), description)
+
+
+def _stream(config: Config, hooks: list[str], device: torch.device, chosen: dict[str, Any]) -> Wired:
+    corpus = replace(config.corpus, name=demo(config.corpus.name) if config.corpus.name else None)
+    model_config = replace(config.model, name=demo(config.model.name))
+    source, length = config.source, corpus.context_length
+    windows: dict[str, WindowStream] = {}
+    judged: list[Windows] = []
+
+    def open_corpus(tokenizer: Any) -> None:
+        for split in ("train", HELDOUT):
+            windows[split] = WindowStream(Documents(corpus, split), tokenizer, corpus)
+        taken = windows[HELDOUT].take(ceil(max(config.eval.tokens, config.eval.ce_tokens) / length))
+        if taken is None:
+            raise InputError("corpus.holdout", corpus.holdout, "enough held-out text for one window")
+        judged.append(taken)
+        windows[HELDOUT] = WindowStream(Documents(corpus, HELDOUT), tokenizer, corpus)
+
+    lm = load_language_model(model_config, corpus, hooks, open_corpus)
+    harvester = Harvester(
+        lm.model, lm.sites, chosen.get("micro_batch", config.model.micro_batch), context_length=length
+    )
+    chosen["micro_batch"] = harvester.micro_batch
+    shard_windows = max(1, round(source.shard_tokens / (length * source.lanes))) * source.lanes
+    identity = lm.fingerprint | {"model": config.model.name} | windows["train"].fingerprint()
+    producer = StreamRows(
+        windows["train"], harvester, config.filter, lm.special, shard_windows, source.lanes, identity
+    )
+    shards = PermutedShards(producer, source.seed, source.lanes)
+    ahead = Prefetch(shards, source.prefetch, device, producer.cancel)
+    masks: list[Tensor] = []
+
+    def heldout() -> HeldOut:
+        taken = judged[0]
+        with ahead.idle():  # hooks sit on the model: two threads must never run it at once
+            rows = harvester.rows(taken)
+        mask, _, _ = keep_mask(rows, taken.tokens, taken.valid, lm.special, config.filter)
+        with_sinks, _, _ = keep_mask(
+            rows, taken.tokens, taken.valid, lm.special, replace(config.filter, sinks=False)
+        )
+        masks[:] = [mask]
+        whole = {key: x[with_sinks][: config.eval.tokens] for key, x in rows.items()}
+        ordinary = mask[with_sinks][: config.eval.tokens]
+        if not bool(ordinary.any()):
+            raise InputError("corpus.holdout", corpus.holdout, "held-out text with ordinary tokens in it")
+        return HeldOut(whole, dict.fromkeys(whole, ordinary))
+
+    def splice(hook: str, reconstruct: Callable[[Tensor], Tensor], mean: Tensor) -> dict[str, float]:
+        site = next(site for site in lm.sites if site.key == hook)
+        count = ceil(config.eval.ce_tokens / length)
+        w, mask = judged[0], masks[0]
+        some = Windows(w.tokens[:count], w.valid[:count], w.starts[:count], w.index[:count])
+        with ahead.idle():
+            return splice_report(lm.model, some, mask[:count], site, reconstruct, mean)
+
+    def heldout_shards() -> ShardStream:
+        keep_sinks = replace(config.filter, sinks=False)
+        rows = StreamRows(
+            windows[HELDOUT], harvester, keep_sinks, lm.special, shard_windows, source.lanes, identity
+        )
+        return PermutedShards(rows, source.seed, source.lanes)
+
+    canonical = {hook: resolve(hook, lm.model).key for hook in hooks}
+    wants_ce = config.eval.ce_tokens > 0 and is_causal_lm(lm.model)
+    return Wired(
+        shards,
+        ShardSource(ahead, config.train.batch_tokens),
+        lambda hook: canonical[hook],
+        heldout,
+        splice if wants_ce else None,
+        heldout_shards,
+        lm.description | {"corpus": config.corpus.name, "fingerprint": identity},
+    )
+
+
+def _shards(config: Config, hooks: list[str], device: torch.device, chosen: dict[str, Any]) -> Wired:
+    if config.source.path is None:
+        raise InputError("source.path", None, "a folder that sae-train harvest wrote")
+    folder = Path(config.source.path).expanduser()
+    wanted = None if hooks == ["auto"] else hooks
+    shards = DiskShards(folder, wanted, config.source.epochs, config.source.seed, device)
+    heldout = folder / HELDOUT
+    return _without_model(
+        config, shards, lambda: DiskShards(heldout, list(shards.dims), device=device), device
+    )
+
+
+def _tensors(config: Config, hooks: list[str], device: torch.device, chosen: dict[str, Any]) -> Wired:
+    source = config.source
+    if not source.paths:
+        raise InputError("source.paths", source.paths, "safetensors files: source.paths=[a.safetensors,...]")
+
+    def rows(split: str) -> TensorRows:
+        return TensorRows(
+            source.paths,
+            source.key,
+            source.shard_tokens,
+            source.lanes,
+            source.seed,
+            source.holdout,
+            split,
+            source.epochs,
+            device,
+        )
+
+    return _producer(config, rows, device)
+
+
+def _synthetic(config: Config, hooks: list[str], device: torch.device, chosen: dict[str, Any]) -> Wired:
+    source = config.source
+
+    def rows(split: str) -> SyntheticRows:
+        return SyntheticRows(
+            source.synthetic,
+            source.shard_tokens,
+            source.lanes,
+            seed=source.seed,
+            holdout=source.holdout,
+            split=split,
+            epochs=source.epochs,
+            device=device,
+        )
+
+    return _producer(config, rows, device)
+
+
+def _producer(config: Config, rows: Callable[[str], RowProducer], device: torch.device) -> Wired:
+    def shards(split: str) -> ShardStream:
+        return PermutedShards(rows(split), config.source.seed, config.source.lanes)
+
+    return _without_model(config, shards("train"), lambda: shards(HELDOUT), device)
+
+
+def _without_model(
+    config: Config, shards: ShardStream, heldout_shards: Callable[[], ShardStream], device: torch.device
+) -> Wired:
+    def key(hook: str) -> str:
+        if hook == "auto" and len(shards.dims) == 1:
+            return next(iter(shards.dims))
+        if hook not in shards.dims:
+            raise InputError("hook", hook, nearest(hook, list(shards.dims)))
+        return hook
+
+    def parts() -> Iterator[dict[str, Tensor]]:
+        stream = heldout_shards()
+        while (shard := stream.next_shard()) is not None:
+            yield shard.rows
+
+    return Wired(
+        shards,
+        ShardSource(Prefetch(shards, config.source.prefetch, device), config.train.batch_tokens),
+        key,
+        lambda: collect(parts(), config.eval.tokens, config.eval.outlier_multiple),
+        None,
+        heldout_shards,
+        {"source": config.source.name, "fingerprint": dict(shards.fingerprint)},
+    )

@@ -1,0 +1,292 @@
+"""The commands, run as a user runs them, on a tiny model and corpus that are made here."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sae_train import load_sae
+from sae_train.cli.main import main
+from sae_train.log import read_metrics
+
+TINY = [
+    "hook=resid_post.1",
+    "corpus.context_length=16",
+    "corpus.holdout=0.25",
+    "source.shard_tokens=256",
+    "source.lanes=2",
+    "sae.d_sae=48",
+    "sae.activation.k=4",
+    "train.tokens=640",
+    "train.batch_tokens=32",
+    "corpus.epochs=2",
+    "eval.tokens=200",
+    "eval.ce_tokens=64",
+    "eval.every=8",
+    "logger.every=2",
+    "checkpoint.every=5",
+    "run.threads=1",
+]
+
+
+@pytest.fixture
+def tiny(tiny_model_dir, tiny_corpus_dir) -> list[str]:
+    return [f"model.name={tiny_model_dir('llama')}", f"corpus.name={tiny_corpus_dir}", *TINY]
+
+
+def ok(*args: str) -> None:
+    assert main(list(args)) == 0
+
+
+def published(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        path.name + ":" + name: t
+        for path in sorted(folder.glob("saes/*/*.safetensors"))
+        for name, t in load_file(path).items()
+    }
+
+
+def same_bits(one: Path, two: Path) -> None:
+    a, b = published(one), published(two)
+    assert a.keys() == b.keys() and a
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_training_writes_everything_a_run_promises(tiny, tmp_path, capsys):
+    run = tmp_path / "run"
+    ok("train", *tiny, f"run.dir={run}")
+    out = capsys.readouterr().out
+    assert str(run / "report.html") in out and "fvu" in out.lower()
+    sae_dir = run / "saes" / "main"
+    for name in ("run.json", "config.yaml", "metrics.jsonl", "train.log", "report.html", "summary.json"):
+        assert (run / name).stat().st_size > 0, name
+    for name in ("sae.safetensors", "config.json", "features.safetensors", "metrics.json", "README.md"):
+        assert (sae_dir / name).stat().st_size > 0, name
+    assert len(list((sae_dir / "plots").glob("*.png"))) >= 4
+    metrics = json.loads((sae_dir / "metrics.json").read_text())
+    for key in (
+        "fvu",
+        "fvu_all",
+        "l0",
+        "cosine",
+        "l2_ratio",
+        "ce_clean",
+        "ce_sae",
+        "ce_zero",
+        "ce_mean",
+        "kl_sae",
+        "dead",
+        "dense",
+    ):
+        assert key in metrics, key
+    assert 0 < metrics["l0"] <= 4
+    features = load_file(sae_dir / "features.safetensors")
+    assert features["train_counts"].dtype == torch.int64
+    assert int(features["train_tokens"]) == 640 and int(features["heldout_tokens"]) > 0
+    assert int(features["train_counts"].sum()) <= 640 * 4
+    steps = [r["step"] for r in read_metrics(run) if "main/loss" in r]
+    assert steps == [2, 4, 6, 8, 10, 12, 14, 16, 18, 20]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
+        "step-00000010",
+        "step-00000015",
+        "step-00000020",
+    ]
+    sae = load_sae(sae_dir)
+    x = torch.randn(5, 32)
+    assert sae.decode(sae.encode(x)).shape == (5, 32)
+    assert sae.input_scale == 1
+    assert 'src="http' not in (run / "report.html").read_text()
+
+
+def test_a_finished_run_is_said_to_be_finished_and_left_alone(tiny, tmp_path, capsys):
+    run = tmp_path / "run"
+    ok("train", *tiny, f"run.dir={run}")
+    before = (run / "metrics.jsonl").read_bytes()
+    ok("train", *tiny, f"run.dir={run}")
+    assert "finished" in capsys.readouterr().out
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_training_from_disk_gives_the_bits_of_training_from_the_live_model(tiny, tmp_path):
+    live, disk, shards = tmp_path / "live", tmp_path / "disk", tmp_path / "shards"
+    # the same budget of rows for both; held-out statistics come from other rows, so compare the SAE itself
+    ok("train", *tiny, f"run.dir={live}")
+    ok("harvest", *tiny, f"out={shards}")
+    recipe = [a for a in TINY if not a.startswith(("hook=", "corpus."))]
+    ok("train", "source=shards", f"source.path={shards}", *recipe, f"run.dir={disk}")
+    one, two = load_file(live / "saes/main/sae.safetensors"), load_file(disk / "saes/main/sae.safetensors")
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+    features = [load_file(run / "saes/main/features.safetensors") for run in (live, disk)]
+    for name in features[0]:
+        if name.startswith("train_"):
+            assert torch.equal(features[0][name], features[1][name]), name
+
+
+def test_prefetching_in_a_thread_does_not_change_a_bit(tiny, tmp_path):
+    for depth in (0, 2):
+        ok("train", *tiny, f"run.dir={tmp_path / str(depth)}", f"source.prefetch={depth}")
+    same_bits(tmp_path / "0", tmp_path / "2")
+
+
+def test_members_on_several_hooks_train_as_they_would_alone(tiny, tmp_path):
+    """A member of a run with others sees the same rows as alone when the hooks are the same."""
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    saes = "saes={a: {sae: {activation: {k: 4}}}, b: {seed: 7, optim: {lr: 0.01}, sae: {activation: {k: 2}}}}"
+    ok("train", *tiny, f"run.dir={together}", saes)
+    ok("train", *tiny, f"run.dir={alone}")
+    a, main_sae = (
+        load_file(together / "saes/a/sae.safetensors"),
+        load_file(alone / "saes/main/sae.safetensors"),
+    )
+    for name in a:
+        assert torch.equal(a[name], main_sae[name]), name
+    b = load_file(together / "saes/b/sae.safetensors")
+    assert not torch.equal(a["w_enc"], b["w_enc"])
+    assert json.loads((together / "saes/b/config.json").read_text())["sae"]["activation"]["k"] == 2
+    hooks = tmp_path / "hooks"
+    ok("train", *tiny, f"run.dir={hooks}", "hook=[resid_post.0,mlp_out.1]")
+    assert sorted(p.name for p in (hooks / "saes").iterdir()) == ["mlp_out.1", "resid_post.0"]
+
+
+def test_transformer_lens_spelling_is_the_same_hook(tiny, tmp_path):
+    ok("train", *tiny, f"run.dir={tmp_path / 'short'}")
+    ok("train", *tiny, f"run.dir={tmp_path / 'tl'}", "hook=blocks.1.hook_resid_post")
+    same_bits(tmp_path / "short", tmp_path / "tl")
+
+
+def start(args: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "sae_train", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and process.poll() is None:
+        if (run / "metrics.jsonl").exists() and any(r["step"] >= step for r in read_metrics(run)):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no step {step}: {process.communicate()}")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGKILL, -9)])
+def test_a_run_that_was_ended_continues_to_the_same_bits(tiny, tmp_path, number, code):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    longer = [*tiny, "train.tokens=6400", "corpus.epochs=20", "checkpoint.every=20"]
+    ok("train", *longer, f"run.dir={whole}")
+    process = start(["train", *longer, f"run.dir={cut}"])
+    wait_for_step(cut, 60, process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    saved = sorted((cut / "checkpoints").iterdir())
+    assert saved, "nothing was saved before the end"
+    assert not (cut / "saes").exists()
+    if number == signal.SIGTERM:
+        assert "SIGTERM" in err and "same command" in err
+    ok("train", *longer, f"run.dir={cut}")
+    same_bits(whole, cut)
+    steps = [r["step"] for r in read_metrics(cut) if "main/loss" in r]
+    assert steps == list(range(2, 201, 2))
+    resumed_at = [
+        line for line in (cut / "train.log").read_text().splitlines() if "continuing from step" in line
+    ]
+    assert len(resumed_at) == 1 and "step 0 " not in resumed_at[0]
+
+
+def test_rows_computed_elsewhere_train_an_sae(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    save_file({"acts": torch.randn(3000, 12, generator=g)}, tmp_path / "a.safetensors")
+    source = [f"source.paths=[{tmp_path / 'a.safetensors'}]", "source.key=acts", "source.lanes=2"]
+    recipe = ["sae.d_sae=24", "sae.activation.k=3", "train.tokens=2560", "train.batch_tokens=64"]
+    run = tmp_path / "run"
+    ok(
+        "train",
+        "source=tensors",
+        *source,
+        "source.shard_tokens=512",
+        *recipe,
+        "eval.tokens=50",
+        f"run.dir={run}",
+    )
+    metrics = json.loads((tmp_path / "run/saes/main/metrics.json").read_text())
+    assert 0 < metrics["fvu"] < 1 and "ce_sae" not in metrics
+
+
+def test_a_synthetic_dictionary_trains_an_sae_that_explains_it(tmp_path):
+    ok(
+        "train", "source=synthetic", "source.shard_tokens=8192", "sae.d_sae=256", "sae.activation.k=4",
+        "train.tokens=120_000", "train.batch_tokens=512", "eval.tokens=4096", f"run.dir={tmp_path / 'run'}",
+    )  # fmt: skip
+    metrics = json.loads((tmp_path / "run/saes/main/metrics.json").read_text())
+    assert metrics["fvu"] < 0.5
+
+
+def test_eval_repeats_the_numbers_of_the_run(tiny, tmp_path, capsys):
+    run = tmp_path / "run"
+    ok("train", *tiny, f"run.dir={run}")
+    ok("eval", f"run={run}")
+    told = json.loads((run / "saes/main/metrics.json").read_text())
+    again = json.loads((run / "saes/main/eval.json").read_text())
+    for key in ("fvu", "l0", "ce_clean", "ce_sae", "ce_mean"):
+        # the published weights are folded, which rounds differently
+        assert again[key] == pytest.approx(told[key], rel=1e-4), key
+    assert "fvu" in capsys.readouterr().out
+
+
+def test_status_tells_how_far_a_run_is(tiny, tmp_path, capsys):
+    run = tmp_path / "run"
+    ok("train", *tiny, f"run.dir={run}")
+    ok("status", f"run={run}")
+    out = capsys.readouterr().out
+    assert "done, step 20 of 20 (100%)" in out and "saved      step 20" in out
+
+
+def test_an_interrupted_harvest_keeps_its_shards_and_continues(tiny, tmp_path, capsys):
+    out = tmp_path / "shards"
+    ok("harvest", *tiny, f"out={out}")
+    whole = {p.parent.name: p.read_bytes() for p in out.glob("shard-*/*.safetensors")}
+    victim = sorted(out.glob("shard-*"))[1]
+    for path in victim.iterdir():
+        path.unlink()
+    victim.rmdir()
+    state = json.loads((out / "harvest.json").read_text())
+    (out / "harvest.json").write_text(json.dumps(state | {"complete": False}, indent=1))
+    ok("harvest", *tiny, f"out={out}")
+    assert {p.parent.name: p.read_bytes() for p in out.glob("shard-*/*.safetensors")} == whole
+
+
+def test_the_run_folder_is_named_by_what_decides_the_result(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    ok("train", *tiny)
+    ok("train", *tiny, "logger.every=5")
+    assert "finished" in capsys.readouterr().out
+    ok("train", *tiny, "run.seed=3")
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_composed_configuration_and_help_are_printed_without_running(tiny, capsys):
+    ok("train", *tiny, "--cfg", "job")
+    out = capsys.readouterr().out
+    assert "d_sae: 48" in out and "resid_post.1" in out
+    ok("--help")
+    assert "sae-train train experiment=demo" in capsys.readouterr().out
+    ok("train", "--help")
+    out = capsys.readouterr().out
+    assert "sae.activation" in out and "Peak learning rate" in out and "gpt2-small" in out
+
+
+def test_a_sweep_runs_every_combination(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ok("train", "-m", *tiny, "train.tokens=64", "sae.activation.k=2,3")
+    assert len(list((tmp_path / "runs").glob("sae-*/report.html"))) == 2
