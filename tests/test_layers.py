@@ -37,7 +37,7 @@ LAYERS: list[list[tuple[set[str], set[str]]]] = [
     [({"sae"}, {"torch"})],
     [({"stats"}, {"torch"})],
     [({"metrics"}, {"torch"}), ({"checkpoint"}, {"torch", "safetensors"})],
-    [({"train"}, {"torch", "numpy", "rich"}), ({"evaluate"}, {"torch"})],
+    [({"train"}, {"torch", "numpy", "rich", "psutil"}), ({"evaluate"}, {"torch"})],
     [({"report"}, {"numpy", "rich", "jinja2", "matplotlib", "yaml"})],
     [({"config"}, {"hydra", "omegaconf"})],
     [

@@ -108,6 +108,9 @@ def load_model(config: ModelConfig, tokenizer: Any = None) -> tuple[nn.Module, M
         InputError: the device or dtype is not there, the model cannot be found or read, or its weights are
         incomplete.
     """
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # of reading weights; downloads keep theirs
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     hf_config = load_config(config)

@@ -29,7 +29,7 @@ CAPTIONS = {
 }
 FILTERS = {
     "seen": "tokens the model read",
-    "kept": "rows trained on",
+    "kept": "rows kept",
     "padding": "padding",
     "special": "special tokens (BOS, EOS ...)",
     "nonfinite": "rows with NaN or infinity",

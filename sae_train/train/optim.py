@@ -23,7 +23,8 @@ class OptimConfig:
     lr: float | None = None
     """Peak learning rate. Unset: lr_base * sqrt(2^14 / d_sae)."""
     lr_base: float = 1e-3
-    """Peak learning rate of an SAE with 2^14 latents."""
+    """Peak learning rate of an SAE with 2^14 latents. 1e-3 was best or near it in runs of 0.2 to 1 M tokens
+    (docs/benchmarks.md); published recipes for 100 M tokens and more use 2e-4 to 4e-4."""
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8

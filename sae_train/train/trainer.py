@@ -6,9 +6,10 @@ The loop knows batches, losses and codes. It never asks what kind of SAE it is t
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 import torch
 
 from sae_train.checkpoint import Checkpointer
@@ -91,6 +92,7 @@ class Trainer:
     eval_every: int
     save_every: int
     run_meta: dict[str, Any]
+    process: psutil.Process = field(default_factory=psutil.Process)
     allow_short: bool = False
     """End well, with a warning, when the data ends before the last step."""
 
@@ -163,10 +165,10 @@ class Trainer:
                     "the last good checkpoint is kept. Lower optim.lr or look at the rows"
                 )
         flat = {f"{name}/{key}": value for name, scalars in shown.items() for key, value in scalars.items()}
-        seconds = self.clock.total()
-        self.log.write(
-            state.step, state.tokens, flat | {"seconds": seconds, "tokens_per_s": state.tokens / seconds}
-        )
+        flat["seconds"] = self.clock.total()
+        flat["tokens_per_s"] = state.tokens / flat["seconds"]
+        flat["rss_bytes"] = float(self.process.memory_info().rss)
+        self.log.write(state.step, state.tokens, flat)
         self.progress.update(state.step, state.tokens, shown)
 
     def judge(self, state: TrainState) -> dict[str, dict[str, float]]:
