@@ -79,6 +79,9 @@ class ActivationSource(Protocol):
     dims: Mapping[str, int]
     fingerprint: Mapping[str, str]
 
+    seconds: dict[str, float]
+    """What the producer of the rows spent its time on, added up."""
+
     def next_batch(self) -> RowBatch | None:
         """The next N rows of every hook, or None at the end of the data."""
 

@@ -7,6 +7,7 @@ first; nothing below them sees a DictConfig.
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -48,8 +49,18 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9._-]+", self.name):
             raise InputError("run.name", self.name, "letters, digits, dots, dashes and underscores")
-        if self.threads is not None and self.threads < 1:
-            raise InputError("run.threads", self.threads, "a whole number of at least 1, or null")
+        check_seed("run.seed", self.seed)
+        most = 4 * (os.cpu_count() or 1)
+        if self.threads is not None and not 1 <= self.threads <= most:
+            raise InputError("run.threads", self.threads, f"a whole number from 1 to {most} here, or null")
+        if self.dir is not None and not self.dir.strip():
+            raise InputError("run.dir", self.dir, "the name of a folder, or null")
+
+
+def check_seed(key: str, seed: Any) -> None:
+    """Raises InputError unless the seed is one that torch takes."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise InputError(key, seed, "a whole number from 0 to 2^63 - 1")
 
 
 @dataclass
@@ -142,6 +153,8 @@ def _refuse_added(node: DictConfig, prefix: str) -> None:
 def members(config: Config, composed: DictConfig) -> list[MemberConfig]:
     """The SAEs of a run: one per hook, or the named set in `saes`, each on top of the run's own recipe."""
     hooks = config.hook if isinstance(config.hook, list) else [config.hook]
+    if not hooks:
+        raise InputError("hook", config.hook, "at least one hook name such as resid_post.12")
     for hook in hooks:
         if not isinstance(hook, str) or not hook:
             raise InputError("hook", config.hook, "a hook name such as resid_post.12, or a list of them")
@@ -159,8 +172,10 @@ def members(config: Config, composed: DictConfig) -> list[MemberConfig]:
         ]
     out = []
     for name, differs in config.saes.items():
-        if not re.fullmatch(r"[A-Za-z0-9._-]+", name) or name.startswith("."):
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
             raise InputError("saes", name, "member names of letters, digits, dots, dashes and underscores")
+        if differs is not None and not isinstance(differs, dict):
+            raise InputError(f"saes.{name}", differs, "what differs: {sae: {activation: {k: 16}}}, or {}")
         base = OmegaConf.create(
             {"hook": hooks[0], "seed": config.run.seed, "sae": composed.sae, "optim": composed.optim}
         )
@@ -175,6 +190,9 @@ def members(config: Config, composed: DictConfig) -> list[MemberConfig]:
                 f"saes.{name}", differs, f"keys of hook, seed, sae, optim ({_first_line(error)})"
             ) from None
         assert isinstance(typed, dict)
+        check_seed(f"saes.{name}.seed", typed["seed"])
+        if not isinstance(typed["hook"], str):
+            raise InputError(f"saes.{name}.hook", typed["hook"], "one hook name such as resid_post.12")
         out.append(MemberConfig(name, typed["hook"], typed["seed"], typed["sae"], typed["optim"]))
     return out
 

@@ -11,8 +11,8 @@ from sae_train.metrics.base import METRICS, EvalBatch, Metric, MetricConfig
 from sae_train.registry import nearest
 from sae_train.sae.base import SAE
 
-Splice = Callable[[str, Callable[[Tensor], Tensor], Tensor], dict[str, float]]
-"""(hook, reconstruct [n, D] -> [n, D], mean row [D]) -> cross-entropies of the model with rows replaced."""
+Splice = Callable[[str, Callable[[Tensor], Tensor], Tensor, int], dict[str, float]]
+"""(hook, reconstruct [n, D] -> [n, D], mean row [D], tokens) -> cross-entropies with rows replaced."""
 
 
 @dataclass
@@ -24,7 +24,9 @@ class EvalConfig:
     tokens: int = 32_768
     """Held-out tokens for reconstruction metrics."""
     ce_tokens: int = 8_192
-    """Held-out tokens for cross-entropy with the SAE spliced into the model (end of run). 0 is off."""
+    """Held-out tokens for cross-entropy with the SAE spliced into the model, at the end. 0 is off."""
+    interval_ce_tokens: int = 2_048
+    """The same for evaluations while training; each costs four whole forward passes. 0 is off."""
     batch_tokens: int = 2_048
     metrics: list[str] = field(default_factory=lambda: ["fvu", "l0", "fidelity", "density"])
     outlier_multiple: float = 10.0
@@ -36,8 +38,9 @@ class EvalConfig:
         for key in ("tokens", "batch_tokens"):
             if getattr(self, key) < 1:
                 raise InputError(f"eval.{key}", getattr(self, key), "a whole number of at least 1")
-        if self.ce_tokens < 0:
-            raise InputError("eval.ce_tokens", self.ce_tokens, "a whole number of at least 0")
+        for key in ("ce_tokens", "interval_ce_tokens"):
+            if getattr(self, key) < 0:
+                raise InputError(f"eval.{key}", getattr(self, key), "a whole number of at least 0")
         if not self.outlier_multiple > 1:
             raise InputError("eval.outlier_multiple", self.outlier_multiple, "a number above 1")
 
@@ -74,7 +77,7 @@ def collect(parts: Iterable[Mapping[str, Tensor]], tokens: int, outlier_multiple
             break
     if rows == 0:
         raise InputError(
-            "corpus.holdout", 0, "at least one held-out row for evaluation; raise the held-out share"
+            "source.holdout", 0, "at least one held-out row for evaluation; raise the held-out share"
         )
     whole = {hook: torch.cat([part[hook] for part in taken])[:tokens] for hook in taken[0]}
     return HeldOut(whole, {hook: ordinary_rows(x, outlier_multiple) for hook, x in whole.items()})
@@ -96,7 +99,12 @@ def build_metrics(names: list[str], d_in: int, d_sae: int) -> list[Metric]:
 
 @torch.no_grad()
 def evaluate(
-    sae: SAE, hook: str, heldout: HeldOut, config: EvalConfig, splice: Splice | None = None
+    sae: SAE,
+    hook: str,
+    heldout: HeldOut,
+    config: EvalConfig,
+    splice: Splice | None = None,
+    ce_tokens: int = 0,
 ) -> tuple[dict[str, float], list[Metric]]:
     """Judge one SAE.
 
@@ -105,7 +113,8 @@ def evaluate(
         hook: which held-out rows it reads.
         heldout: the rows.
         config: metrics and batch size.
-        splice: measures cross-entropy with the SAE in the model's place; None leaves that out.
+        splice: measures cross-entropy with the SAE in the layer's place; None leaves that out.
+        ce_tokens: on how many held-out tokens; 0 leaves it out.
 
     Returns:
         Numbers by name, and the metric objects (histograms, held-out counts) behind them.
@@ -122,6 +131,10 @@ def evaluate(
     numbers: dict[str, float] = {}
     for metric in metrics:
         numbers |= metric.compute()
-    if splice is not None:
-        numbers |= splice(hook, lambda x: sae(x.to(device)).to(x.device, x.dtype), heldout.mean(hook))
+    if splice is not None and ce_tokens > 0:
+
+        def reconstruct(x: Tensor) -> Tensor:
+            return sae(x.to(device)).to(x.device, x.dtype)
+
+        numbers |= splice(hook, reconstruct, heldout.mean(hook), ce_tokens)
     return numbers, metrics

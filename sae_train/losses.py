@@ -77,7 +77,7 @@ def auxk(residual: Tensor, pre_dead: Tensor, w_dec_dead: Tensor, k_aux: int) -> 
 
     Source: AuxK of Gao et al. 2024 (arXiv:2406.04093), appendix A.2.
     """
-    num_dead = pre_dead.shape[-1]
+    num_dead = pre_dead.shape[-1]  # everything below is [N, F_dead] or [N, D]: it grows with the dead alone
     if num_dead == 0:
         return residual.new_zeros(())
     residual = residual.detach()

@@ -42,6 +42,9 @@ class FeatureStats:
     def update(self, codes: Codes) -> None:
         """Count one batch of codes. Never synchronises with the host."""
         values = codes.values.detach()
+        # The optimizer skips a batch with non-finite codes; they must not stay here for ever either.
+        values = torch.where(torch.isfinite(values), values, 0)
+        codes = Codes(values, codes.indices, codes.d_sae)
         fired = codes.counts()
         self.tokens += len(values)
         self.counts += fired
@@ -98,7 +101,7 @@ def write_features(
     """Write features.safetensors: statistics of a published SAE, in the units of its folded codes.
 
     Tensors, F each unless said otherwise: `train_counts`, `train_density`, `train_mean`, `train_max`,
-    `train_last_fired`, `train_tokens` [1]; the same with `heldout_` where a held-out pass was made;
+    `train_last_fired`, `train_tokens` [1]; all but `last_fired` with `heldout_` too, if there was a pass;
     `dead` and `dense` are int64 lists of latents: dead did not fire for `dead_after_tokens` tokens at
     the end of training, dense fire on more than a tenth of the tokens.
     """

@@ -34,7 +34,7 @@ LAYERS: list[list[tuple[set[str], set[str]]]] = [
         ),
         ({"shards"}, {"torch", "numpy", "safetensors", "xxhash"}),
     ],
-    [({"sae"}, {"torch"})],
+    [({"sae"}, {"torch", "safetensors", "psutil"})],
     [({"stats"}, {"torch"})],
     [({"metrics"}, {"torch"}), ({"checkpoint"}, {"torch", "safetensors"})],
     [({"train"}, {"torch", "numpy", "rich", "psutil"}), ({"evaluate"}, {"torch"})],

@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sae_train.config import register
 from sae_train.errors import InputError, NumericsError, StoppedEarly
+from sae_train.files import CorruptFile
 from sae_train.registry import nearest
 from sae_train.train.resume import flatten
 
@@ -54,7 +55,8 @@ def run_composed(verb: str, args: list[str], task: Callable[[DictConfig], int]) 
     def job(config: DictConfig) -> None:
         try:
             codes.append(task(config))
-        except (InputError, NumericsError, StoppedEarly) as error:  # Hydra would print a traceback and exit 1
+        except (InputError, NumericsError, StoppedEarly, CorruptFile) as error:
+            # Hydra would print a traceback and exit 1.
             failures.append(error)
 
     saved = sys.argv
@@ -91,6 +93,8 @@ def _explain(verb: str, overrides: list[str], error: Exception) -> InputError:
             return InputError(
                 "override", override, "key=value (quote values that hold spaces, commas or braces)"
             )
+        if parsed.is_delete():
+            return InputError("override", override, "key=value: keys cannot be deleted")
         key, value = parsed.key_or_group.replace("/", "."), str(parsed.value())
         group = parsed.key_or_group
         if f"Could not find '{group}/{value}'" in text:
@@ -100,11 +104,9 @@ def _explain(verb: str, overrides: list[str], error: Exception) -> InputError:
         if named or f"'{key}'" in text or f"'{group}'" in text:
             known = _known_keys(verb)
             if key not in known and not any(k.startswith(key + ".") for k in known):
-                close = nearest(key, known)
-                hint = re.search(r"\(did you mean (.*)\?\)", close)
-                return InputError(
-                    key, value, f"a known key{f'; did you mean {hint.group(1)}?' if hint else ''}"
-                )
+                hint = re.search(r"\(did you mean (.*)\?\)", nearest(key, known))
+                told = f"did you mean {hint.group(1)}?" if hint else f"sae-train {verb} --help lists them"
+                return InputError(key, value, f"a known key; {told}")
             if "/" not in group and value in options_of(key):
                 return InputError(
                     key, value, f"{key.replace('.', '/')}={value}, with a slash: it picks a file"
@@ -118,7 +120,7 @@ def _expected(text: str) -> str | None:
     kinds = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
     found = re.search(r"could not be converted to (\w+)", text)
     if found is None:
-        return None
+        return "a list: [a,b]" if "is not a ListConfig" in text else None
     return kinds.get(found.group(1), found.group(1))
 
 

@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from sae_train.cli.compose import compose, run_composed
-from sae_train.cli.finish import print_results
+from sae_train.cli.finish import finite, print_results
 from sae_train.cli.wire import wire
 from sae_train.config import Config, to_config
 from sae_train.devices import pick_device
@@ -29,7 +30,7 @@ def run(args: list[str]) -> int:
 def judge(composed: DictConfig) -> int:
     """Evaluate; prints a table and writes eval.json beside each SAE. Returns 0."""
     request = to_config(composed)
-    folder = Path(request.run).expanduser()
+    folder = Path(request.run).expanduser().resolve()
     run_dir = folder.parent.parent if (folder / "sae.safetensors").is_file() else folder
     record = RunRecord.read(run_dir)
     if record is None:
@@ -46,20 +47,25 @@ def judge(composed: DictConfig) -> int:
         ce_tokens=request.ce_tokens if request.ce_tokens is not None else config.eval.ce_tokens,
     )
     hooks = {path: hook_of(path) for path in folders}
+    torch.set_num_threads(record.chosen["threads"])
     device = pick_device(config.model.device)
-    wired = wire(config, list(hooks.values()), device, dict(record.chosen))
+    wired = wire(config, list(hooks.values()), device, dict(record.chosen), lambda dims: None)
     try:
         heldout = wired.heldout()
         results: dict[str, dict[str, float]] = {}
         for path, hook in hooks.items():
+            sae = load_sae(path, device)
+            width = wired.source.dims[wired.key(hook)]
+            if sae.d_in != width:
+                raise InputError("run", str(path), f"an SAE of width {width}, not {sae.d_in}")
             results[path.name], _ = evaluate(
-                load_sae(path, device), wired.key(hook), heldout, config.eval, wired.splice
+                sae, wired.key(hook), heldout, config.eval, wired.splice, config.eval.ce_tokens
             )
-            write_json(path / "eval.json", results[path.name])
+            write_json(path / "eval.json", finite(results[path.name]))
     finally:
         wired.source.close()
     print_results(results)
-    print(json.dumps(results))
+    print(json.dumps({name: finite(numbers) for name, numbers in results.items()}))
     return 0
 
 
@@ -78,7 +84,8 @@ def saved_config(tree: dict[str, Any]) -> Config:
 def hook_of(folder: Path) -> str:
     """Which hook a published SAE reads, from its config.json."""
     data = read_json(folder / "config.json")
-    hook = data.get("meta", {}).get("hook") if isinstance(data, dict) else None
+    meta = data.get("meta") if isinstance(data, dict) else None
+    hook = meta.get("hook") if isinstance(meta, dict) else None
     if not isinstance(hook, str):
         raise InputError("run", str(folder), "a published SAE whose config.json names its hook")
     return hook

@@ -1,5 +1,6 @@
 """The end of a run: judge every member, write what can be published, draw the report, print the table."""
 
+import math
 import resource
 import sys
 from collections.abc import Callable
@@ -45,7 +46,12 @@ def finish(
     for member in state.members:
         with clock.phase("evaluation"):
             results[member.name], found[member.name] = evaluate(
-                member.trained(), member.hook, heldout, config.eval, timed(wired.splice, clock)
+                member.trained(),
+                member.hook,
+                heldout,
+                config.eval,
+                timed(wired.splice, clock),
+                config.eval.ce_tokens,
             )
         results[member.name]["dead"] = float(member.stats.dead(member.dead_after_tokens).double().mean())
         log.write(
@@ -80,7 +86,9 @@ def finish(
         "seconds": seconds,
         "rows": dict(wired.source.counts),
     }
-    write_json(folder / "summary.json", {"members": results} | summary)
+    write_json(
+        folder / "summary.json", {"members": {name: finite(r) for name, r in results.items()}} | summary
+    )
     time_plot = folder / "plots" / "time.png"
     time_plot.parent.mkdir(exist_ok=True)
     plots.time_share(seconds, time_plot)
@@ -114,11 +122,18 @@ def timed(splice: Splice | None, clock: Clock) -> Splice | None:
     if splice is None:
         return None
 
-    def measure(hook: str, reconstruct: Callable[[Tensor], Tensor], mean: Tensor) -> dict[str, float]:
+    def measure(
+        hook: str, reconstruct: Callable[[Tensor], Tensor], mean: Tensor, tokens: int
+    ) -> dict[str, float]:
         with clock.phase("model forward"):
-            return splice(hook, reconstruct, mean)
+            return splice(hook, reconstruct, mean, tokens)
 
     return measure
+
+
+def finite(numbers: dict[str, float]) -> dict[str, float | None]:
+    """The numbers as JSON can hold them: null for NaN and infinities."""
+    return {key: value if math.isfinite(value) else None for key, value in numbers.items()}
 
 
 def print_results(results: dict[str, dict[str, float]]) -> None:
@@ -147,7 +162,7 @@ def publish(
     heldout: FeatureStats | None = next((m.stats for m in metrics if isinstance(m, Density)), None)
     scale = float(sae.input_scale)
     write_features(folder / "features.safetensors", member.stats, heldout, scale, member.dead_after_tokens)
-    write_json(folder / "metrics.json", {key: value for key, value in numbers.items() if value == value})
+    write_json(folder / "metrics.json", finite(numbers))
     drawn = draw(folder / "plots", member, metrics, records)
     name, d_sae = member.config.sae.activation.name, sae.d_sae
     description = (
@@ -162,8 +177,10 @@ def draw(
 ) -> dict[str, Path]:
     """The member's plots, by title."""
     name = member.name
-    drawn = {title: folder / f"{title}.png" for title in ("density", "fvu", "loss", "lr")}
-    plots.density_histogram(member.stats.density().cpu(), drawn["density"])
+    drawn = {title: folder / f"{title}.png" for title in ("density", "scatter", "fvu", "loss", "lr")}
+    density = member.stats.density().cpu()
+    plots.density_histogram(density, drawn["density"])
+    plots.density_vs_activation(density, member.stats.mean_activation().cpu(), drawn["scatter"])
     plots.curves(
         records,
         {"train": f"{name}/fvu", "held-out": f"{name}/heldout/fvu"},

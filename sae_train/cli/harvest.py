@@ -7,12 +7,14 @@ written as `train.tokens` asks for, and `eval.tokens` held-out rows, outlier tok
 import sys
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig
 
 from sae_train.cli.compose import run_composed
+from sae_train.cli.folder import owned
 from sae_train.cli.signals import StopSignals
 from sae_train.cli.wire import HELDOUT, wire
-from sae_train.config import HarvestConfig, to_config
+from sae_train.config import HarvestConfig, members, to_config
 from sae_train.devices import pick_device
 from sae_train.errors import InputError, StoppedEarly
 from sae_train.shards.disk import ShardWriter
@@ -29,9 +31,16 @@ def harvest(composed: DictConfig) -> int:
     config: HarvestConfig = to_config(composed)
     if config.source.name == "shards":
         raise InputError("source", "shards", "stream, tensors or synthetic: these rows are harvested already")
-    hooks = config.hook if isinstance(config.hook, list) else [config.hook]
+    hooks = [member.hook for member in members(config, composed)]
     out = Path(config.out).expanduser()
-    wired = wire(config, hooks, pick_device(config.model.device), {})
+    with owned("out", out):
+        return _harvest(config, hooks, out)
+
+
+def _harvest(config: HarvestConfig, hooks: list[str], out: Path) -> int:
+    if config.run.threads is not None:
+        torch.set_num_threads(config.run.threads)
+    wired = wire(config, hooks, pick_device(config.model.device), {}, lambda dims: None)
     with StopSignals() as signals, Progress(config.train.tokens) as progress:
         for folder, shards, rows in (
             (out / HELDOUT, wired.heldout_shards(), config.eval.tokens),
@@ -58,7 +67,13 @@ def write(folder: Path, shards: ShardStream, rows: int, signals: StopSignals, pr
         shard = shards.next_shard()
         if shard is None:
             break
-        writer.write(shard)
+        try:
+            writer.write(shard)
+        except OSError as error:
+            raise StoppedEarly(
+                f"shard {shard.index} could not be written ({error}); those before it are whole; "
+                "make room and run the same command again"
+            ) from error
         progress.update(writer.shards, writer.rows, {})
         if (reason := signals.reason()) is not None:
             raise StoppedEarly(f"{reason}: {writer.shards} shards are written; the same command continues")

@@ -19,7 +19,8 @@ def verb_help(verb: str) -> str:
     """Keys of a command with their defaults, and the options of every config group."""
     if verb == "status":
         return "usage: sae-train status run=DIR\n\n  run  the run folder\n"
-    lines = [f"usage: sae-train {verb} [experiment=NAME] [group=OPTION] [key=value ...] [--cfg job] [-m]", ""]
+    choices = "" if verb == "eval" else "[experiment=NAME] [group=OPTION] "
+    lines = [f"usage: sae-train {verb} {choices}[key=value ...] [--cfg job] [-m]", ""]
     if verb != "eval":
         register()
         lines += ["groups (key=OPTION picks a file; the keys below override single values):"]

@@ -18,7 +18,7 @@ def run(args: list[str]) -> int:
     if record is None:
         raise InputError("run", str(folder), "a run folder (it holds run.json)")
     last = last_record(folder / "metrics.jsonl")
-    step = max(record.step, int(last.get("step", 0)))
+    step = max(record.step, int(last.get("step") or 0))
     saved = Checkpointer.steps(folder / "checkpoints")
     print(f"run        {folder}")
     print(f"status     {record.status}, step {step} of {record.steps} ({step / record.steps:.0%})")
@@ -32,11 +32,14 @@ def run(args: list[str]) -> int:
 
 
 def last_record(path: Path) -> dict[str, float]:
-    """The newest training record of metrics.jsonl, or nothing; a line cut off by a kill is passed over."""
-    if not path.exists():
+    """The newest training record of metrics.jsonl, or nothing; damaged and cut-off lines are passed over."""
+    if not path.is_file():
         return {}
-    for line in reversed(path.read_text(encoding="utf-8").splitlines()):
-        if line.endswith("}") and '"tokens_per_s"' in line:
-            record: dict[str, float] = json.loads(line)
+    for line in reversed(path.read_text(encoding="utf-8", errors="replace").splitlines()):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("tokens_per_s"), float):
             return record
     return {}

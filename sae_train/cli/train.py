@@ -3,14 +3,17 @@
 import logging
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
 from sae_train.checkpoint import Checkpointer
 from sae_train.cli.compose import run_composed
-from sae_train.cli.finish import finish
+from sae_train.cli.finish import finish, timed
+from sae_train.cli.folder import owned
 from sae_train.cli.signals import StopSignals
 from sae_train.cli.wire import Wired, wire
 from sae_train.config import Config, as_tree, members, run_folder, to_config
@@ -19,6 +22,7 @@ from sae_train.errors import InputError
 from sae_train.evaluate import build_metrics, evaluate
 from sae_train.files import write_bytes
 from sae_train.log import MetricLog, setup_logging
+from sae_train.sae.base import SAES
 from sae_train.train.clock import Clock
 from sae_train.train.members import Member, MemberConfig
 from sae_train.train.progress import Progress
@@ -27,6 +31,9 @@ from sae_train.train.resume import check_fingerprint, check_resume
 from sae_train.train.state import TrainState
 from sae_train.train.stepper import AutogradStepper
 from sae_train.train.trainer import Trainer
+
+INIT_ROWS = 32_768
+"""Rows that the weights start from (as many as Gao et al. 2024); a permuted shard's first are a sample."""
 
 logger = logging.getLogger("sae_train.train")
 
@@ -41,44 +48,54 @@ def train(composed: DictConfig, args: list[str]) -> int:
     wanted = members(config, composed)
     check(config)
     folder = run_folder(config)
+    with owned("run.dir", folder):
+        return _run(config, wanted, folder, "sae-train " + shlex.join(args))
+
+
+def _run(config: Config, wanted: list[MemberConfig], folder: Path, command: str) -> int:
     record = RunRecord.read(folder)
     tree = as_tree(config) | {"members": {m.name: as_tree(m) for m in wanted}}
+    checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint.keep)
     if record is not None:
         check_resume(record.config, tree)
         if record.status == "done":
             print(f"{folder} is finished ({record.step} steps); its report is {folder / 'report.html'}")
             return 0
-    make_folder(folder)
+    loaded = checkpointer.load()
+    if loaded is not None:
+        check_resume(loaded[2]["config"], tree)
     setup_logging(folder)
-    chosen = dict(record.chosen) if record is not None else {}
     device = pick_device(config.model.device)
-    chosen["threads"] = config.run.threads or chosen.get("threads") or torch.get_num_threads()
+    chosen = choose(config, record.chosen if record is not None else {}, device)
     torch.set_num_threads(chosen["threads"])
-    if chosen.setdefault("autocast", config.train.autocast) == "auto":
-        chosen["autocast"] = "bfloat16" if native_bfloat16(device) else "float32"
-    autocast = torch.bfloat16 if chosen["autocast"] == "bfloat16" else None
-
     clock = Clock()
     with clock.phase("loading"):
-        wired = wire(config, [m.hook for m in wanted], device, chosen)
-    for member in wanted:
-        member.hook = wired.key(member.hook)
-    if record is not None:
-        check_fingerprint(record.fingerprint, dict(wired.source.fingerprint))
-    steps = config.train.steps
-    record = RunRecord(
-        "running",
-        tree,
-        dict(wired.source.fingerprint),
-        chosen,
-        steps,
-        command="sae-train " + shlex.join(args),
-        versions=versions(),
-    )
+        wired = wire(
+            config, [m.hook for m in wanted], device, chosen, lambda dims: check_widths(wanted, dims)
+        )
     try:
-        return _train(config, folder, record, wired, wanted, clock, device, autocast)
+        for member in wanted:
+            member.hook = wired.key(member.hook)
+        fingerprint = dict(wired.source.fingerprint)
+        for known in filter(None, (record and record.fingerprint, loaded and loaded[2]["fingerprint"])):
+            check_fingerprint(known, fingerprint)
+        record = RunRecord(
+            "running", tree, fingerprint, chosen, config.train.steps, command=command, versions=versions()
+        )
+        return _train(config, folder, record, wired, wanted, clock, device, checkpointer, loaded)
     finally:
         wired.source.close()
+
+
+def choose(config: Config, before: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """What is chosen automatically, once per run: an earlier leg's choices stand."""
+    chosen = dict(before)
+    chosen["threads"] = config.run.threads or chosen.get("threads") or torch.get_num_threads()
+    if chosen.setdefault("autocast", config.train.autocast) == "auto":
+        chosen["autocast"] = "bfloat16" if native_bfloat16(device) else "float32"
+    if chosen["autocast"] == "bfloat16" and not native_bfloat16(device):
+        logger.warning("train.autocast=bfloat16: %s only emulates it; float32 is not slower there", device)
+    return chosen
 
 
 def _train(
@@ -89,7 +106,8 @@ def _train(
     wanted: list[MemberConfig],
     clock: Clock,
     device: torch.device,
-    autocast: torch.dtype | None,
+    checkpointer: Checkpointer,
+    loaded: tuple[int, dict[str, Any], dict[str, Any]] | None,
 ) -> int:
     steps = record.steps
     built = [
@@ -97,12 +115,12 @@ def _train(
         for m in wanted
     ]
     state = TrainState(built, wired.source)
-    checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint.keep)
-    loaded = checkpointer.load()
     if loaded is not None:
         with clock.phase("loading"):
             state.load_state_dict(loaded[1])
         clock.load_state_dict(state.extra["clock"])
+        for name, seconds in state.extra["producer"].items():
+            wired.source.seconds[name] = wired.source.seconds.get(name, 0.0) + seconds
         logger.info("continuing from step %d of %d", state.step, steps)
         print(f"continuing {folder} from step {state.step} of {steps}", file=sys.stderr)
     record.step, record.tokens = state.step, state.tokens
@@ -120,23 +138,33 @@ def _train(
         if loaded is None:
             progress.phase("harvesting the first shard")
             with clock.phase("rows"):
-                rows = wired.source.sample(config.source.shard_tokens)
+                rows = wired.source.sample(INIT_ROWS)
             with clock.phase("initialisation"):
                 for member in built:
                     member.initialise(rows)
+        splice = timed(wired.splice, clock)
         trainer = Trainer(
-            stepper=AutogradStepper(config.train.accumulate, autocast),
+            stepper=AutogradStepper(
+                config.train.accumulate, torch.bfloat16 if record.chosen["autocast"] == "bfloat16" else None
+            ),
             clock=clock,
             log=log,
             progress=progress,
             checkpointer=checkpointer,
-            evaluate=lambda member: evaluate(member.trained(), member.hook, heldout, config.eval)[0],
+            evaluate=lambda member: evaluate(
+                member.trained(), member.hook, heldout, config.eval, splice, config.eval.interval_ce_tokens
+            )[0],
             should_stop=signals.reason,
             batch_tokens=config.train.batch_tokens,
             log_every=config.logger.every,
             eval_every=eval_every,
             save_every=config.checkpoint.every,
-            run_meta={"steps": steps, "versions": record.versions, "fingerprint": record.fingerprint},
+            run_meta={
+                "steps": steps,
+                "versions": record.versions,
+                "config": record.config,
+                "fingerprint": record.fingerprint,
+            },
             allow_short=config.corpus.allow_short,
         )
         progress.phase("training")
@@ -167,16 +195,9 @@ def check(config: Config) -> None:
     build_metrics(config.eval.metrics, 1, 1)
 
 
-def make_folder(folder: Path) -> None:
-    """Create the run folder and see that it can be written, before anything costs time.
-
-    Raises:
-        InputError: it cannot be written, or it holds something that is not a run.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".tmp-writable"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise InputError("run.dir", str(folder), f"a folder that can be written ({error.strerror})") from None
+def check_widths(wanted: list[MemberConfig], dims: Mapping[str, int]) -> None:
+    """Build every member without memory: what does not fit its hook's width says so before weights load."""
+    for member in wanted:
+        width = dims[member.hook] if member.hook in dims else next(iter(dims.values()))
+        with torch.device("meta"):
+            SAES.build(member.sae, width)

@@ -4,7 +4,7 @@ Everything cheap is checked before anything expensive is loaded: the model's con
 names, context length, tokenizer and the corpus first, weights last.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
@@ -17,10 +17,10 @@ from sae_train.batch import RowProducer
 from sae_train.config import Config
 from sae_train.demo import resolve as demo
 from sae_train.errors import InputError
-from sae_train.evaluate import HeldOut, Splice, collect
+from sae_train.evaluate import HeldOut, Splice, collect, ordinary_rows
 from sae_train.harvest.corpus import CorpusConfig, Documents
 from sae_train.harvest.filters import keep_mask
-from sae_train.harvest.harvester import Harvester
+from sae_train.harvest.harvester import Harvester, dims_from_config
 from sae_train.harvest.hooks import Site, resolve
 from sae_train.harvest.kinds import is_causal_lm, skeleton
 from sae_train.harvest.model import ModelConfig, check_context, load_config, load_model, load_tokenizer
@@ -62,7 +62,13 @@ class Wired:
     description: dict[str, Any]
 
 
-def wire(config: Config, hooks: list[str], device: torch.device, chosen: dict[str, Any]) -> Wired:
+CheckWidths = Callable[[Mapping[str, int]], None]
+"""Told the width of every hook, as the user spelt it, as soon as it is known; raises what does not fit."""
+
+
+def wire(
+    config: Config, hooks: list[str], device: torch.device, chosen: dict[str, Any], check_widths: CheckWidths
+) -> Wired:
     """Build the source that `source.name` asks for.
 
     Args:
@@ -70,14 +76,13 @@ def wire(config: Config, hooks: list[str], device: torch.device, chosen: dict[st
         hooks: hooks in use, as the user spelt them; repeats allowed.
         device: where rows are wanted.
         chosen: values chosen automatically in an earlier leg of the run; read, and filled in when absent.
+        check_widths: called before any weights are read.
 
     Raises:
         InputError: anything the user gave that cannot work.
     """
     wirings = {"stream": _stream, "shards": _shards, "tensors": _tensors, "synthetic": _synthetic}
-    if config.source.name not in wirings:
-        raise InputError("source.name", config.source.name, nearest(config.source.name, list(wirings)))
-    return wirings[config.source.name](config, list(dict.fromkeys(hooks)), device, chosen)
+    return wirings[config.source.name](config, list(dict.fromkeys(hooks)), device, chosen, check_widths)
 
 
 @dataclass
@@ -93,7 +98,11 @@ class LanguageModel:
 
 
 def load_language_model(
-    config: ModelConfig, corpus: CorpusConfig, hooks: list[str], before_weights: Callable[[Any], None]
+    config: ModelConfig,
+    corpus: CorpusConfig,
+    hooks: list[str],
+    check_widths: CheckWidths,
+    before_weights: Callable[[Any], None],
 ) -> LanguageModel:
     """Check what can be checked cheaply, run `before_weights(tokenizer)` (it opens the corpus), then load.
 
@@ -105,8 +114,12 @@ def load_language_model(
     hf_config = load_config(config)
     bare = skeleton(hf_config)
     sites = [resolve(hook, bare) for hook in hooks]
-    sites = list({site.key: site for site in sites}.values())
+    for i, site in enumerate(sites):
+        if site.key in [earlier.key for earlier in sites[:i]]:
+            raise InputError("hook", site.name, f"each place once; it is {site.key}, which is there already")
     check_context(hf_config, corpus.context_length)
+    widths = dims_from_config(sites, hf_config)
+    check_widths({site.name: widths[site.key] for site in sites})
     tokenizer = load_tokenizer(config)
     check_vocabulary(tokenizer, hf_config.get_text_config().vocab_size)
     before_weights(tokenizer)
@@ -124,29 +137,43 @@ def load_language_model(
     return LanguageModel(model, tokenizer, special_ids(tokenizer), sites, dict(info.fingerprint), description)
 
 
-def _stream(config: Config, hooks: list[str], device: torch.device, chosen: dict[str, Any]) -> Wired:
+def _stream(
+    config: Config, hooks: list[str], device: torch.device, chosen: dict[str, Any], check_widths: CheckWidths
+) -> Wired:
     corpus = replace(config.corpus, name=demo(config.corpus.name) if config.corpus.name else None)
     model_config = replace(config.model, name=demo(config.model.name))
     source, length = config.source, corpus.context_length
+    # Whole lanes of windows, so that the held-out shard of a harvest holds the rows that a live run judges.
+    ce_tokens = max(config.eval.ce_tokens, config.eval.interval_ce_tokens)
+    heldout_windows = ceil(config.eval.tokens / (length * source.lanes)) * source.lanes
     windows: dict[str, WindowStream] = {}
     judged: list[Windows] = []
 
     def open_corpus(tokenizer: Any) -> None:
+        few = replace(corpus, shuffle_windows=1)
+        first = WindowStream(Documents(few), tokenizer, few).take(source.lanes)
+        if first is None or len(first.tokens) < source.lanes:
+            found = 0 if first is None else len(first.tokens)
+            raise InputError(
+                "corpus.name",
+                config.corpus.name,
+                f"at least {source.lanes} training windows of {length} tokens, one per lane, not {found}; "
+                "add text, or lower corpus.context_length or source.lanes",
+            )
         for split in ("train", HELDOUT):
             windows[split] = WindowStream(Documents(corpus, split), tokenizer, corpus)
-        taken = windows[HELDOUT].take(ceil(max(config.eval.tokens, config.eval.ce_tokens) / length))
+        taken = windows[HELDOUT].take(max(heldout_windows, ceil(ce_tokens / length)))
         if taken is None:
             raise InputError("corpus.holdout", corpus.holdout, "enough held-out text for one window")
         judged.append(taken)
-        windows[HELDOUT] = WindowStream(Documents(corpus, HELDOUT), tokenizer, corpus)
 
-    lm = load_language_model(model_config, corpus, hooks, open_corpus)
+    lm = load_language_model(model_config, corpus, hooks, check_widths, open_corpus)
     harvester = Harvester(
         lm.model, lm.sites, chosen.get("micro_batch", config.model.micro_batch), context_length=length
     )
     chosen["micro_batch"] = harvester.micro_batch
     shard_windows = max(1, round(source.shard_tokens / (length * source.lanes))) * source.lanes
-    identity = lm.fingerprint | {"model": config.model.name} | windows["train"].fingerprint()
+    identity = windows["train"].fingerprint() | lm.fingerprint | {"model": config.model.name}
     producer = StreamRows(
         windows["train"], harvester, config.filter, lm.special, shard_windows, source.lanes, identity
     )
@@ -163,15 +190,19 @@ def _stream(config: Config, hooks: list[str], device: torch.device, chosen: dict
             rows, taken.tokens, taken.valid, lm.special, replace(config.filter, sinks=False)
         )
         masks[:] = [mask]
-        whole = {key: x[with_sinks][: config.eval.tokens] for key, x in rows.items()}
-        ordinary = mask[with_sinks][: config.eval.tokens]
-        if not bool(ordinary.any()):
+        with_sinks[heldout_windows:] = False
+        whole = {key: x[with_sinks] for key, x in rows.items()}
+        if not bool(with_sinks.any()):
             raise InputError("corpus.holdout", corpus.holdout, "held-out text with ordinary tokens in it")
-        return HeldOut(whole, dict.fromkeys(whole, ordinary))
+        return HeldOut(
+            whole, {key: ordinary_rows(x, config.eval.outlier_multiple) for key, x in whole.items()}
+        )
 
-    def splice(hook: str, reconstruct: Callable[[Tensor], Tensor], mean: Tensor) -> dict[str, float]:
+    def splice(
+        hook: str, reconstruct: Callable[[Tensor], Tensor], mean: Tensor, tokens: int
+    ) -> dict[str, float]:
         site = next(site for site in lm.sites if site.key == hook)
-        count = ceil(config.eval.ce_tokens / length)
+        count = ceil(tokens / length)
         w, mask = judged[0], masks[0]
         some = Windows(w.tokens[:count], w.valid[:count], w.starts[:count], w.index[:count])
         with ahead.idle():
@@ -179,40 +210,40 @@ def _stream(config: Config, hooks: list[str], device: torch.device, chosen: dict
 
     def heldout_shards() -> ShardStream:
         keep_sinks = replace(config.filter, sinks=False)
-        rows = StreamRows(
-            windows[HELDOUT], harvester, keep_sinks, lm.special, shard_windows, source.lanes, identity
-        )
+        again = WindowStream(Documents(corpus, HELDOUT), lm.tokenizer, corpus)
+        rows = StreamRows(again, harvester, keep_sinks, lm.special, heldout_windows, source.lanes, identity)
         return PermutedShards(rows, source.seed, source.lanes)
 
     canonical = {hook: resolve(hook, lm.model).key for hook in hooks}
-    wants_ce = config.eval.ce_tokens > 0 and is_causal_lm(lm.model)
     return Wired(
         shards,
         ShardSource(ahead, config.train.batch_tokens),
         lambda hook: canonical[hook],
         heldout,
-        splice if wants_ce else None,
+        splice if is_causal_lm(lm.model) else None,
         heldout_shards,
         lm.description | {"corpus": config.corpus.name, "fingerprint": identity},
     )
 
 
-def _shards(config: Config, hooks: list[str], device: torch.device, chosen: dict[str, Any]) -> Wired:
-    if config.source.path is None:
-        raise InputError("source.path", None, "a folder that sae-train harvest wrote")
+def _shards(
+    config: Config, hooks: list[str], device: torch.device, chosen: dict[str, Any], check_widths: CheckWidths
+) -> Wired:
+    assert config.source.path is not None, "SourceConfig checks this"
     folder = Path(config.source.path).expanduser()
     wanted = None if hooks == ["auto"] else hooks
     shards = DiskShards(folder, wanted, config.source.epochs, config.source.seed, device)
+    check_widths(shards.dims)
     heldout = folder / HELDOUT
     return _without_model(
         config, shards, lambda: DiskShards(heldout, list(shards.dims), device=device), device
     )
 
 
-def _tensors(config: Config, hooks: list[str], device: torch.device, chosen: dict[str, Any]) -> Wired:
+def _tensors(
+    config: Config, hooks: list[str], device: torch.device, chosen: dict[str, Any], check_widths: CheckWidths
+) -> Wired:
     source = config.source
-    if not source.paths:
-        raise InputError("source.paths", source.paths, "safetensors files: source.paths=[a.safetensors,...]")
 
     def rows(split: str) -> TensorRows:
         return TensorRows(
@@ -227,10 +258,12 @@ def _tensors(config: Config, hooks: list[str], device: torch.device, chosen: dic
             device,
         )
 
-    return _producer(config, rows, device)
+    return _producer(config, rows, device, check_widths)
 
 
-def _synthetic(config: Config, hooks: list[str], device: torch.device, chosen: dict[str, Any]) -> Wired:
+def _synthetic(
+    config: Config, hooks: list[str], device: torch.device, chosen: dict[str, Any], check_widths: CheckWidths
+) -> Wired:
     source = config.source
 
     def rows(split: str) -> SyntheticRows:
@@ -245,14 +278,18 @@ def _synthetic(config: Config, hooks: list[str], device: torch.device, chosen: d
             device=device,
         )
 
-    return _producer(config, rows, device)
+    return _producer(config, rows, device, check_widths)
 
 
-def _producer(config: Config, rows: Callable[[str], RowProducer], device: torch.device) -> Wired:
+def _producer(
+    config: Config, rows: Callable[[str], RowProducer], device: torch.device, check_widths: CheckWidths
+) -> Wired:
     def shards(split: str) -> ShardStream:
         return PermutedShards(rows(split), config.source.seed, config.source.lanes)
 
-    return _without_model(config, shards("train"), lambda: shards(HELDOUT), device)
+    train = shards("train")
+    check_widths(train.dims)
+    return _without_model(config, train, lambda: shards(HELDOUT), device)
 
 
 def _without_model(

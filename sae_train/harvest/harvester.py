@@ -169,20 +169,20 @@ def inputs(model: nn.Module, tokens: Tensor, valid: Tensor) -> dict[str, Any]:
 
 
 def check_sites(model: nn.Module, sites: list[Site]) -> dict[str, int]:
-    """Key -> D of each site, by one whole forward of 8 tokens: also on a model without weights (`skeleton`).
+    """Key -> D of each site, by one forward of 8 tokens: also on a model without weights (`skeleton`).
 
     Raises:
         InputError: a hook's module is not called, is called more than once, has no tensor, or not one of [B,
         T, D].
     """
-    shape = (1, CHECK_TOKENS)
     seen: dict[Site, list[Tensor]] = {site: [] for site in sites}
     device = next(model.parameters()).device
+    # A second window costs nothing without weights, and tells rows from tables of positions.
+    shape = (2 if device.type == "meta" else 1, CHECK_TOKENS)
     arguments: dict[str, Any] = {"input_ids": torch.zeros(shape, dtype=torch.int64, device=device)}
     if device.type == "meta":
-        # Transformers makes its mask by looking at values, which a meta tensor has not: give it one ready-
-        # made.
-        arguments["attention_mask"] = torch.zeros(1, 1, CHECK_TOKENS, CHECK_TOKENS, device=device)
+        # Transformers makes its mask from values, which a meta tensor has not: give it one ready-made.
+        arguments["attention_mask"] = torch.zeros(2, 1, CHECK_TOKENS, CHECK_TOKENS, device=device)
     if "use_cache" in inspect.signature(model.forward).parameters:
         arguments["use_cache"] = False
     visits = {site: lambda x, site=site: seen[site].append(x) for site in sites}

@@ -32,6 +32,10 @@ def input_errors(field: str, value: str) -> Iterator[None]:
             )
             raise InputError("model.trust_remote_code", False, unknown) from None
         reason = redact(str(error), os.environ)
+        if "attn_implementation" in str(error) or "attention implementation" in str(error).lower():
+            raise InputError(
+                "model.attn_implementation", "", f"one this model has; it says: {reason}"
+            ) from None
         raise InputError(field, value, f"something transformers can load; it says: {reason}") from None
 
 

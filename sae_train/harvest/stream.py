@@ -71,8 +71,6 @@ class StreamRows:
         }
         self.shard = 0
         self._cancelled = threading.Event()
-        self.medians: dict[str, float] = {}
-        """hook -> median norm of the last shard's ordinary rows."""
 
     def next_rows(self) -> RawRows | None:
         """The next shard; None when the corpus is used up. A shard may be empty if every row of it was
@@ -94,9 +92,7 @@ class StreamRows:
         rows = self._forward(windows, lane_windows)
         forwarded = time.perf_counter()
         measured = {hook: measure(x) for hook, x in rows.items()}
-        mask, counts, self.medians = decide(
-            measured, windows.tokens, windows.valid, self.special_ids, self.config
-        )
+        mask, counts, _ = decide(measured, windows.tokens, windows.valid, self.special_ids, self.config)
         kept = mask.flatten()
         length = windows.tokens.shape[1]
         ids = (windows.index[:, None] * length + torch.arange(length)).to(mask.device).flatten()[kept]

@@ -1,9 +1,16 @@
-"""Which files a source of text names, in which format they are, and a digest that tells when they change."""
+"""Which files a source of text names, their format, whether they can be text at all, and a digest of them."""
 
+import bz2
+import codecs
 import glob
+import gzip
 import importlib.util
+import lzma
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -17,7 +24,11 @@ FORMATS = {
     ".json": "json",
     ".parquet": "parquet",
 }
-PACKED = (".gz", ".bz2", ".xz")
+PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+DAMAGE = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+"""What decompressors raise about a file that is cut off, garbled or not what its ending says."""
+HEAD_BYTES = 1024
+WIDE_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 WHOLE_DIGEST_BYTES = 64 << 20
 EDGE_BYTES = 1 << 20
 
@@ -80,6 +91,45 @@ def find_files(spec: TextSpec) -> list[str] | None:
     if not filled:
         raise InputError(spec.key, name, f"files that hold text, these {len(files)} are empty")
     return filled
+
+
+def is_damage(error: BaseException) -> bool:
+    """Whether an error is about content, which reading a local file again cannot change.
+
+    bz2 and Arrow say so by a bare OSError. One of the operating system's carries an errno, and one that
+    `datasets` raises for an absent file is of a subclass.
+    """
+    return isinstance(error, DAMAGE) or (type(error) is OSError and error.errno is None)
+
+
+def check_encoding(spec: TextSpec, files: list[str]) -> None:
+    """Look at the first kilobyte of each file, unpacked.
+
+    Text in UTF-16 would otherwise be read, as replacement characters and NULs. Half the bytes of English in
+    UTF-16 are NULs, a few less where it has quotes and dashes, and three quarters in UTF-32; a quarter tells
+    both from UTF-8 with a stray NUL.
+
+    Raises:
+        InputError: a file begins like UTF-16 or UTF-32, or cannot be unpacked.
+        OSError: a file cannot be read.
+    """
+    for file in files:
+        try:
+            with PACKED.get(Path(file).suffix, open)(file, "rb") as opened:
+                head = opened.read(HEAD_BYTES)
+        except (OSError, *DAMAGE) as error:
+            if not is_damage(error):
+                raise
+            accepted = f"whole {Path(file).suffix} files; {file} is damaged or not packed that way ({error})"
+            raise InputError(spec.key, spec.name, accepted) from error
+        nuls = head.count(0)
+        if head.startswith(WIDE_BOMS):
+            found = f"{file} begins with the byte-order mark of UTF-16 or UTF-32"
+        elif nuls and 4 * nuls >= len(head):
+            found = f"{nuls} of the first {len(head)} bytes of {file} are NULs, as in UTF-16 or UTF-32"
+        else:
+            continue
+        raise InputError(spec.key, spec.name, f"text in UTF-8; {found}")
 
 
 def digest_files(files: list[str]) -> str:

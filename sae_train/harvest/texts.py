@@ -9,9 +9,11 @@ counted. A byte-order mark at the start is dropped; NULs and everything else are
 files become "\\n". JSON lines are read as lines and parsed here, so that one odd row does not make a
 whole file unreadable and a bad row can be named.
 
-A dropped connection is tried again from the last document, a bounded number of times, and then raises
-`StoppedEarly`. `huggingface_hub` also retries each request 5 times (about 25 s); the 20 further
-silent attempts of `datasets` are switched off, so that there is one place that decides and logs.
+A dropped connection, or a local file that the operating system cannot read just now, is tried again from
+the last document, a bounded number of times, and then raises `StoppedEarly`. Damage in a local file (cut
+off, garbled, not what its ending says) is there at every attempt and raises `InputError` at the first.
+`huggingface_hub` also retries each request 5 times (about 25 s); the 20 further silent attempts of
+`datasets` are switched off, so that there is one place that decides and logs.
 """
 
 import copy
@@ -20,6 +22,7 @@ import importlib.util
 import json
 import logging
 import re
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,14 +33,22 @@ import xxhash
 from tenacity import (
     RetryCallState,
     Retrying,
-    retry_if_exception_type,
+    retry_if_exception,
     stop_after_attempt,
     wait_exponential,
     wait_random,
 )
 
 from sae_train.errors import InputError, StoppedEarly
-from sae_train.harvest.text_files import TextSpec, digest_files, find_files, format_of
+from sae_train.harvest.text_files import (
+    DAMAGE,
+    TextSpec,
+    check_encoding,
+    digest_files,
+    find_files,
+    format_of,
+    is_damage,
+)
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -75,10 +86,11 @@ def clean(text: str) -> tuple[str, int]:
 
 def transient_errors() -> tuple[type[Exception], ...]:
     """What an outage looks like: any OSError (connection, timeout, disc, HTTP status of the hub), the hub
-    client's transport errors, a compressed stream that ends too soon, and aiohttp's where it is in use."""
+    client's transport errors, a compressed stream that arrives cut or garbled, and aiohttp's where it is in
+    use."""
     from huggingface_hub.errors import HTTPError
 
-    errors: tuple[type[Exception], ...] = (OSError, HTTPError, EOFError)
+    errors: tuple[type[Exception], ...] = (OSError, HTTPError, *DAMAGE)
     if importlib.util.find_spec("aiohttp"):
         from aiohttp import ClientError
 
@@ -92,19 +104,16 @@ class TextSource:
 
     def __init__(self, spec: TextSpec, seed: int, retry: Retry) -> None:
         self.spec, self._retry = spec, retry
-        self._files = files = find_files(spec)
+        files = find_files(spec)
+        self._files = files and [files[i] for i in permutation(len(files), "files", seed)]
         self._format = format_of(files[0]) if files else None
+        self._is_local = files is not None and not files[0].startswith(("http://", "https://"))
         self.revision = spec.revision
         self._transient = transient_errors()
-        try:
-            self._dataset = self._retrying(lambda: self._open(files, seed), "opening", rewind=False)
-        except InputError:
-            raise
-        except ValueError as error:
-            raise self._unreadable(error) from error
+        self._dataset = self._retrying(self._open, "opening", rewind=False)
         if files is None:
             content = {"name": spec.name, "revision": str(self.revision)}
-        elif files[0].startswith(("http://", "https://")):
+        elif not self._is_local:
             content = {"name": spec.name}
         else:
             content = {"files": digest_files(files)}
@@ -123,7 +132,7 @@ class TextSource:
         self.is_empty = next(self, None) is None
         self.seek(None, 0)
 
-    def _open(self, files: list[str] | None, seed: int) -> "IterableDataset":
+    def _open(self) -> "IterableDataset":
         import datasets
         from huggingface_hub import HfApi
         from huggingface_hub.errors import (
@@ -138,10 +147,11 @@ class TextSource:
         datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_OPEN_RETRY_INTERVAL = 0
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else opening a local file asks the hub's address
         datasets.disable_progress_bars()
-        spec = self.spec
+        spec, files = self.spec, self._files
         if files is not None:
-            ordered = [files[i] for i in permutation(len(files), "files", seed)]
-            names = [file if "://" in file else glob.escape(str(Path(file).absolute())) for file in ordered]
+            if self._is_local and self._format != "parquet":
+                check_encoding(spec, files)
+            names = [file if "://" in file else glob.escape(str(Path(file).absolute())) for file in files]
             if self._format == "parquet":
                 return datasets.load_dataset("parquet", data_files=names, split="train", streaming=True)
             # With errors="replace" and any name but "utf-8" the json reader decodes before it parses.
@@ -189,10 +199,7 @@ class TextSource:
             InputError: the row has no such column, or something other than text in it; the file is malformed.
             StoppedEarly: the source cannot be read any more, after retries.
         """
-        try:
-            row = self._retrying(self._read, "reading", rewind=True)
-        except ValueError as error:
-            raise self._unreadable(error) from error
+        row = self._retrying(self._read, "reading", rewind=True)
         # Taken while the stream is whole: after an error inside a read its state may lie between two rows.
         self._cursor = self._dataset.state_dict()
         self.rows += 1
@@ -213,7 +220,7 @@ class TextSource:
                 return ""
             try:
                 row = json.loads(row["text"])
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # also: a number too long, nesting too deep
                 raise InputError(
                     spec.key, spec.name, f"one JSON object per line; {where}: {error}"
                 ) from error
@@ -260,7 +267,7 @@ class TextSource:
             stop=stop_after_attempt(self._retry.attempts),
             wait=wait_exponential(self._retry.initial_s, self._retry.max_s)
             + wait_random(0, self._retry.initial_s),
-            retry=retry_if_exception_type(self._transient),
+            retry=retry_if_exception(self._is_outage),
             before_sleep=note,
             reraise=True,
         )
@@ -268,22 +275,43 @@ class TextSource:
             return retrying(action)
         except _Exhausted:
             raise StopIteration from None
+        except InputError:
+            raise
         except self._transient as error:
+            if not self._is_outage(error):
+                raise self._unreadable(error, reading=rewind) from error
             where = f"at row {self.rows}" if rewind else "when opening it"
             hint = "" if self._files else "; there is no file or folder of that name either"
             raise StoppedEarly(
                 f"{self.spec.key}={self.spec.name!r} could not be read in {self._retry.attempts} attempts, "
                 f"{where}{hint} ({_line(error)})"
             ) from error
+        except (ValueError, RecursionError) as error:  # the latter: JSON nested too deep, inside `datasets`
+            raise self._unreadable(error, reading=rewind) from error
 
-    def _unreadable(self, error: ValueError) -> InputError:
+    def _is_outage(self, error: BaseException) -> bool:
+        """Whether another attempt may go better."""
+        return isinstance(error, self._transient) and not (self._is_local and is_damage(error))
+
+    def _file_of(self, state: dict[str, Any] | None) -> str:
+        """The file that a state of the stream stands in, as far as it says."""
+        while state and "shard_idx" not in state:
+            state = state.get("examples_iterable")
+        return self._files[state["shard_idx"]] if self._files and state else self.spec.name
+
+    def _unreadable(self, error: Exception, reading: bool) -> InputError:
         """The reader's complaint about content, names of splits or subsets, as the user's error."""
         spec, message = self.spec, _line(error)
         if "Bad split" in message or "Unknown split" in message:
             return InputError(spec.field("split"), spec.split, f"a split of {spec.name} ({message})")
         if "BuilderConfig" in message or "Config name" in message:
             return InputError(spec.field("subset"), spec.subset, f"a subset of {spec.name} ({message})")
-        return InputError(spec.key, spec.name, f"well-formed {self._format or 'text'} data ({message})")
+        # Opening looks into the first file only.
+        file = self._file_of(self._dataset.state_dict() if reading else {"shard_idx": 0})
+        where = "" if file == spec.name else f" in {file}"
+        return InputError(
+            spec.key, spec.name, f"well-formed {self._format or 'text'} data{where} ({message})"
+        )
 
 
 class _Exhausted(Exception):
@@ -307,4 +335,4 @@ def _kind(value: object) -> str:
         dict: "an object",
         str: "text",
     }
-    return f"{names.get(type(value), type(value).__name__)} ({str(value)[:40]})"
+    return f"{names.get(type(value), type(value).__name__)} ({reprlib.repr(value)[:40]})"

@@ -25,6 +25,9 @@ from sae_train.errors import InputError
 from sae_train.losses import Losses
 from sae_train.registry import Registry
 
+MAX_LATENTS = 2**24
+"""Sixteen times the widest SAE published so far; more is a slip of the keyboard or an attack on memory."""
+
 
 @dataclass
 class SAEConfig:
@@ -48,8 +51,8 @@ class SAEConfig:
     """A latent is dead after this many tokens without firing (never more than a tenth of the run)."""
 
     def __post_init__(self) -> None:
-        if self.d_sae is not None and self.d_sae < 1:
-            raise InputError("sae.d_sae", self.d_sae, "a whole number of at least 1, or null")
+        if self.d_sae is not None and not 1 <= self.d_sae <= MAX_LATENTS:
+            raise InputError("sae.d_sae", self.d_sae, f"a whole number from 1 to {MAX_LATENTS}, or null")
         if not (self.expansion > 0 and math.isfinite(self.expansion)):
             raise InputError("sae.expansion", self.expansion, "a positive number")
         if self.b_dec_init not in ("geometric_median", "mean", "zeros"):
@@ -66,8 +69,8 @@ class SAEConfig:
     def num_latents(self, d_in: int) -> int:
         """F for activations of width d_in."""
         latents = self.d_sae if self.d_sae is not None else round(self.expansion * d_in)
-        if latents < 1:
-            raise InputError("sae.expansion", self.expansion, f"enough for one latent at width {d_in}")
+        if not 1 <= latents <= MAX_LATENTS:
+            raise InputError("sae.expansion", self.expansion, f"1 to {MAX_LATENTS} latents at width {d_in}")
         return latents
 
 

@@ -1,24 +1,47 @@
 """A published SAE on disk: `sae.safetensors` and `config.json`, and nothing executable.
 
-The configuration is typed JSON: names are looked up in the registries, unknown keys are refused,
-and every tensor must have the name and shape that the configuration implies before it is used.
+Such a folder may come from anyone, so nothing in it is believed. The configuration is typed JSON:
+names are looked up in the registries, unknown keys and values of another type are refused. The
+architecture is built without memory (torch's meta device) and compared with the header of the
+weights, so a refusal costs neither the widths that were claimed nor the bytes that were sent.
 """
 
 import dataclasses
+import json
+import math
+import os
+import stat
+import typing
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
+import psutil
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from sae_train.activations.base import ACTIVATIONS
 from sae_train.errors import InputError
-from sae_train.files import read_json, read_tensors, write_json, write_tensors
-from sae_train.registry import discover
+from sae_train.files import CorruptFile, read_json, write_json, write_tensors
+from sae_train.registry import Registry, discover
 from sae_train.sae.base import SAE, SAES, SAEConfig
 
 FORMAT_VERSION = 1
+KEYS = ("format_version", "kind", "d_in", "sae", "meta")
 MAX_CONFIG_BYTES = 1 << 20
+MAX_HEADER_BYTES = 1 << 20
+"""A handful of tensors take about 80 bytes of header each; safetensors itself reads up to 100 MB."""
+MAX_WIDTH = 1 << 24
+DTYPES = ("F32", "F16", "BF16", "F64")
 WEIGHTS, CONFIG = "sae.safetensors", "config.json"
+TYPE_WORDS = {
+    bool: "true or false",
+    int: "a whole number of at most 64 bits",
+    float: "a finite number",
+    str: "a string",
+    NoneType: "null",
+}
 
 
 def save_sae(sae: SAE, folder: Path, meta: dict[str, Any]) -> None:
@@ -41,70 +64,185 @@ def save_sae(sae: SAE, folder: Path, meta: dict[str, Any]) -> None:
 def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SAE:
     """Load a published SAE folder: ready for `encode` and `decode` on raw activations.
 
+    The folder need not be trusted: what does not fit is refused before memory is taken for it, and
+    nothing in it is executed.
+
     Args:
         path: a folder holding sae.safetensors and config.json, for example RUN/saes/main.
-        device: where the weights go.
+        device: where the weights go. They pass through the CPU's memory.
 
     Returns:
-        The SAE in evaluation mode, float32, gradients off.
+        The SAE in evaluation mode, float32 whatever floating dtype was stored, gradients off. The
+        files may be deleted afterwards.
 
     Raises:
-        InputError: not such a folder, unknown names or keys, tensors that do not fit the configuration.
+        InputError: a file is missing, a link, too large or damaged; the configuration has an unknown
+            or missing key or name, a value of another type or out of range (widths are 1 to 2^24);
+            the tensors are not exactly those that the configuration implies, not floating point,
+            not finite in float32 or larger than the memory that is free; the input scale is not 1.
     """
     discover("sae_train.activations")
     discover("sae_train.sae")
     folder = Path(path)
     for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            raise InputError(
-                "path", str(folder), f"a folder that holds {CONFIG} and {WEIGHTS} ({name} is missing)"
-            )
-    data = read_json(folder / CONFIG, MAX_CONFIG_BYTES)
-    if not isinstance(data, dict) or data.get("kind") != "sae":
-        raise InputError(str(folder / CONFIG), "kind", 'a configuration with "kind": "sae"')
-    if data.get("format_version") != FORMAT_VERSION:
-        raise InputError(
-            "format_version", data.get("format_version"), f"{FORMAT_VERSION}, the version this release reads"
-        )
-    sae = SAES.build(sae_config(data.get("sae")), _whole(data.get("d_in"), "d_in"))
-    tensors = read_tensors(folder / WEIGHTS)
-    want = {name: tuple(t.shape) for name, t in sae.state_dict().items()}
-    have = {name: tuple(t.shape) for name, t in tensors.items()}
-    if want != have:
-        wrong = sorted(set(want.items()) ^ set(have.items()))
-        raise InputError(str(folder / WEIGHTS), wrong[0], f"tensors {want}")
-    bad = [name for name, t in tensors.items() if not bool(torch.isfinite(t).all())]
-    if bad:
-        raise InputError(str(folder / WEIGHTS), bad, "finite weights")
-    sae.load_state_dict(tensors)
+        _require_regular(folder, name)
+    sae = _skeleton(folder / CONFIG)
+    tensors = _read_weights(folder / WEIGHTS, sae.state_dict())
+    if tensors["input_scale"] != 1:
+        scale = float(tensors["input_scale"])
+        raise InputError("input_scale", scale, "1: a published SAE takes raw activations")
+    sae.load_state_dict(tensors, assign=True)
+    left = [name for name, t in (*sae.named_parameters(), *sae.named_buffers()) if t.is_meta]
+    assert not left, f"{left} are not in the state dict, so they cannot be published"
     return sae.to(device).eval().requires_grad_(False)
 
 
 def sae_config(data: Any) -> SAEConfig:
-    """The typed configuration that a JSON object describes."""
-    if not isinstance(data, dict):
-        raise InputError("sae", data, "an object")
-    fields = dict(data)
-    activation = fields.pop("activation", None)
-    if not isinstance(activation, dict):
-        raise InputError("sae.activation", activation, "an object with a name")
-    config_class = SAES.config(fields.get("name", ""))
-    activation_class = ACTIVATIONS.config(activation.get("name", ""))
-    _refuse_unknown("sae.activation", activation, activation_class)
-    _refuse_unknown("sae", fields, config_class)
-    return config_class(**fields, activation=activation_class(**activation))
+    """The typed configuration that a JSON object describes.
+
+    Raises:
+        InputError: an unknown key or name, or a value that its dataclass does not allow.
+    """
+    activation = _typed("sae.activation", _object("sae", data).get("activation"), ACTIVATIONS)
+    return _typed("sae", {**data, "activation": activation}, SAES)
 
 
-def _refuse_unknown(where: str, data: dict[str, Any], config_class: type) -> None:
-    known = {f.name: f for f in dataclasses.fields(config_class)}
-    for key, value in data.items():
-        if key not in known:
-            raise InputError(f"{where}.{key}", value, f"one of {', '.join(sorted(known))}")
-        if not isinstance(value, str | int | float | bool | type(None)):
-            raise InputError(f"{where}.{key}", value, "a plain value")
+def _require_regular(folder: Path, name: str) -> None:
+    wanted = f"a folder that holds {CONFIG} and {WEIGHTS}"
+    try:
+        mode = os.lstat(folder / name).st_mode
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError("path", str(folder), f"{wanted} ({name}: {reason})") from error
+    if not stat.S_ISREG(mode):
+        # A link may lead to any file of this machine.
+        raise InputError("path", str(folder), f"{wanted} ({name} is not a regular file)")
+
+
+def _skeleton(path: Path) -> SAE:
+    """The SAE that config.json describes, on the meta device: shapes without memory."""
+    try:
+        data = _object(CONFIG, read_json(path, MAX_CONFIG_BYTES))
+    except CorruptFile as error:
+        raise InputError("path", str(path), f"a configuration in JSON ({error.reason})") from error
+    if data.get("kind") != "sae":
+        raise InputError("kind", _shown(data.get("kind")), '"sae"')
+    version = data.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise InputError(
+            "format_version", _shown(version), f"{FORMAT_VERSION}, the version this release reads"
+        )
+    _refuse_unknown(CONFIG, data, KEYS)
+    _object("meta", data.get("meta", {}))
+    config = sae_config(data.get("sae"))
+    _whole(config.d_sae, "sae.d_sae")
+    d_in = _whole(data.get("d_in"), "d_in")
+    with torch.device("meta"):
+        return SAES.build(config, d_in)
+
+
+def _typed(where: str, data: Any, registry: Registry[Any]) -> Any:
+    """The dataclass that the object's name picks from the registry, each value of its annotated type."""
+    table = _object(where, data)
+    name = table.get("name")
+    if not isinstance(name, str):
+        raise InputError(f"{where}.name", _shown(name), "a string")
+    config_class = registry.config(_shown(name))
+    hints = typing.get_type_hints(config_class)
+    _refuse_unknown(where, table, [f.name for f in dataclasses.fields(config_class)])
+    return config_class(**{key: _plain(f"{where}.{key}", value, hints[key]) for key, value in table.items()})
+
+
+def _plain(key: str, value: Any, hint: Any) -> Any:
+    kinds = typing.get_args(hint) or (hint,)
+    if dataclasses.is_dataclass(hint) and isinstance(value, kinds):
+        return value
+    small = not isinstance(value, int) or abs(value) < 1 << 63
+    if float in kinds and int not in kinds and type(value) is int and small:
+        return float(value)
+    finite = not isinstance(value, float) or math.isfinite(value)  # JSON's 1e999 is an infinity
+    if type(value) not in kinds or not (small and finite):
+        words = [TYPE_WORDS[kind] for kind in kinds if kind in TYPE_WORDS]
+        raise InputError(key, _shown(value), " or ".join(words))
+    return value
+
+
+def _read_weights(path: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the file in float32, if the header promises exactly the wanted names and shapes."""
+    try:
+        _check_header(path)
+        # Opening checks that the header covers the file to the byte and reads no tensor; pread, because
+        # memory-mapped weights would change, or end this process, when somebody writes to the file.
+        with safe_open(path, framework="pt", backend="pread") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            _compare(path, slices, wanted)
+            tensors = {}
+            for name in slices:
+                tensors[name] = file.get_tensor(name).to(torch.float32)
+                if not bool(torch.isfinite(tensors[name]).all()):
+                    raise InputError(name, str(path), "finite weights in float32")
+    except (CorruptFile, SafetensorError) as error:
+        # safetensors quotes the stranger's names as they are, line breaks included.
+        reason = error.reason if isinstance(error, CorruptFile) else ascii(str(error))[1:-1][:200]
+        raise InputError("path", str(path), f"a whole safetensors file ({reason})") from error
+    return tensors
+
+
+def _check_header(path: Path) -> None:
+    """Refuse what safetensors would accept: a header of up to 100 MB, and a name given twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(table := dict(pairs)) != len(pairs):
+            raise ValueError("a name is given twice")
+        return table
+
+    with open(path, "rb") as file:
+        size_bytes = int.from_bytes(file.read(8), "little")
+        if size_bytes > MAX_HEADER_BYTES:
+            raise CorruptFile(path, f"{size_bytes} bytes of header, at most {MAX_HEADER_BYTES} are read")
+        header = file.read(size_bytes)
+    try:
+        json.loads(header.decode(), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise CorruptFile(path, f"its header is not valid JSON: {error}") from error
+
+
+def _compare(path: Path, slices: dict[str, Any], wanted: dict[str, Tensor]) -> None:
+    names = ", ".join(sorted(wanted))
+    for name in sorted(slices.keys() ^ wanted.keys()):
+        found = "is missing" if name in wanted else "is not one of them"
+        raise InputError(str(path), _shown(name), f"exactly the tensors {names}; this one {found}")
+    for name, like in wanted.items():
+        shape, dtype = slices[name].get_shape(), slices[name].get_dtype()
+        if shape != list(like.shape):
+            raise InputError(name, _shown(str(shape)), f"the shape {list(like.shape)} that {CONFIG} implies")
+        if dtype not in DTYPES:
+            raise InputError(name, dtype, f"a dtype among {', '.join(DTYPES)}")
+    needed = sum(like.numel() for like in wanted.values()) * torch.float32.itemsize
+    free = psutil.virtual_memory().available
+    if needed > free:  # a sparse file of terabytes costs its sender nothing
+        raise InputError("path", str(path), f"weights that fit in {free} free bytes of memory, not {needed}")
+
+
+def _object(key: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(key, _shown(value), "an object")
+    return value
+
+
+def _refuse_unknown(where: str, data: dict[str, Any], known: typing.Collection[str]) -> None:
+    for key in sorted(data.keys() - set(known)):
+        raise InputError(where, _shown(key), f"only the keys {', '.join(sorted(known))}")
 
 
 def _whole(value: Any, key: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= 1 << 24:
-        raise InputError(key, value, "a whole number from 1 to 2^24")
+    if type(value) is not int or not 0 < value <= MAX_WIDTH:
+        raise InputError(key, _shown(value), "a whole number from 1 to 2^24")
     return value
+
+
+def _shown(value: Any) -> Any:
+    """A stranger's value as an error message may repeat it: one short line."""
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "a list"
+    return value if len(repr(value)) <= 80 else f"{repr(value)[:80]}..."

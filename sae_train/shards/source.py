@@ -199,7 +199,7 @@ class ShardSource:
                 self.batch_rows,
                 f"no more rows than the source gives, but it ended after {left} usable ones ({seen})",
             )
-        self._state = self._position()
+        # The saved position stays before these rows: with more data, they are the first of the next batch.
 
 
 def _join(parts: list[Tensor]) -> Tensor:

@@ -14,7 +14,6 @@ class Clock:
         self.seconds: dict[str, float] = defaultdict(float)
         self._stack: list[str] = []
         self._since = time.perf_counter()
-        self._started = self._since
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -2,13 +2,13 @@
 
 import platform
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from sae_train.errors import InputError
-from sae_train.files import read_json, write_json
+from sae_train.files import CorruptFile, read_json, write_json
 
 FORMAT_VERSION = 1
 MAX_RECORD_BYTES = 4 << 20
@@ -51,13 +51,17 @@ class RunRecord:
         path = folder / "run.json"
         if not path.exists():
             return None
-        data = read_json(path, MAX_RECORD_BYTES)
+        try:
+            data = read_json(path, MAX_RECORD_BYTES)
+        except (CorruptFile, OSError) as error:
+            raise InputError(str(path), "damaged", f"a record written by this release ({error})") from None
         if not isinstance(data, dict) or data.get("format_version") != FORMAT_VERSION:
             found = data.get("format_version") if isinstance(data, dict) else None
             raise InputError(str(path), found, f"format version {FORMAT_VERSION}, the one this release reads")
-        known = {name for name in cls.__dataclass_fields__}
-        if set(data) != known:
-            raise InputError(str(path), sorted(set(data) ^ known), "a record written by this release")
+        kinds = {f.name: type(getattr(cls("", {}, {}, {}, 1), f.name)) for f in fields(cls)}
+        wrong = [name for name in kinds.keys() | data.keys() if type(data.get(name)) is not kinds.get(name)]
+        if wrong or data["steps"] < 1:
+            raise InputError(str(path), sorted(wrong) or data["steps"], "a record written by this release")
         return cls(**data)
 
 

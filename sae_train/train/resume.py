@@ -13,7 +13,18 @@ from sae_train.errors import InputError
 
 logger = logging.getLogger("sae_train.train")
 
-ALLOWED = ("run.dir", "run.name", "logger", "checkpoint", "eval", "source.prefetch")
+ALLOWED = (
+    "run.dir",
+    "run.name",
+    "logger",
+    "checkpoint",
+    "eval",
+    "source.prefetch",
+    # What a run is told to change when its data ends early; rows that it has seen stay the same.
+    "corpus.allow_short",
+    "corpus.epochs",
+    "source.epochs",
+)
 WARNED = ("run.threads", "model.device", "model.attn_implementation")
 
 

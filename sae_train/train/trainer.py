@@ -4,7 +4,6 @@ The loop knows batches, losses and codes. It never asks what kind of SAE it is t
 """
 
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,8 +104,12 @@ class Trainer:
             NumericsError: too many steps in a row without finite gradients.
         """
         while state.step < steps:
-            with self.clock.phase("rows"):
-                rows = state.source.next_batch()
+            try:
+                with self.clock.phase("rows"):
+                    rows = state.source.next_batch()
+            except StoppedEarly:
+                self.save(state)
+                raise
             if rows is None:
                 self.save(state)
                 if self.allow_short:
@@ -116,7 +119,7 @@ class Trainer:
                     "train.tokens",
                     steps * self.batch_tokens,
                     f"at most the {state.tokens} rows that the data gave (saved at step {state.step}); "
-                    "add data, allow more passes (corpus.epochs), or set corpus.allow_short=true",
+                    "with more passes (corpus.epochs or source.epochs) or corpus.allow_short=true it goes on",
                 )
             with self.clock.phase("SAE step"):
                 done = [self._step(member, member.batch(rows), state.step) for member in state.members]
@@ -159,17 +162,18 @@ class Trainer:
             scalars["grad_norm"] = float(step.grad_norm)
             scalars["skipped_steps"] = float(member.skipped)
             shown[member.name] = scalars
-            if (bad := int(member.skipped_in_a_row)) > MAX_SKIPPED_IN_A_ROW:
-                raise NumericsError(
-                    f"{member.name}: gradients were not finite for {bad} steps in a row (step {state.step}); "
-                    "the last good checkpoint is kept. Lower optim.lr or look at the rows"
-                )
         flat = {f"{name}/{key}": value for name, scalars in shown.items() for key, value in scalars.items()}
         flat["seconds"] = self.clock.total()
         flat["tokens_per_s"] = state.tokens / flat["seconds"]
         flat["rss_bytes"] = float(self.process.memory_info().rss)
         self.log.write(state.step, state.tokens, flat)
         self.progress.update(state.step, state.tokens, shown)
+        for member in state.members:
+            if (bad := int(member.skipped_in_a_row)) > MAX_SKIPPED_IN_A_ROW:
+                raise NumericsError(
+                    f"{member.name}: gradients were not finite for {bad} steps in a row (step {state.step}); "
+                    "the last good checkpoint is kept. Lower optim.lr or look at the rows"
+                )
 
     def judge(self, state: TrainState) -> dict[str, dict[str, float]]:
         """Evaluate every member and log the numbers under `heldout/`."""
@@ -180,10 +184,7 @@ class Trainer:
             for member in state.members:
                 out[member.name] = self.evaluate(member)
         flat = {
-            f"{name}/heldout/{key}": value
-            for name, numbers in out.items()
-            for key, value in numbers.items()
-            if not math.isnan(value)
+            f"{name}/heldout/{key}": value for name, numbers in out.items() for key, value in numbers.items()
         }
         self.log.write(state.step, state.tokens, flat)
         self.progress.phase("training")
@@ -195,5 +196,12 @@ class Trainer:
         with self.clock.phase("checkpoint"):
             state.extra["log"] = self.log.state_dict()
             state.extra["clock"] = self.clock.state_dict()
-            self.checkpointer.save(state.step, state.state_dict(), self.run_meta)
+            state.extra["producer"] = dict(state.source.seconds)
+            try:
+                self.checkpointer.save(state.step, state.state_dict(), self.run_meta)
+            except OSError as error:
+                raise StoppedEarly(
+                    f"step {state.step} could not be saved ({error}); the checkpoints before it are whole: "
+                    "make room, and the same command continues from the newest"
+                ) from error
         self.progress.phase("training")

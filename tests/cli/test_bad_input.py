@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -10,7 +11,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sae_train.cli import wire
+from sae_train.cli.folder import owned
 from sae_train.cli.main import main
+from sae_train.errors import NumericsError, StoppedEarly
+from sae_train.harvest.corpus import Documents
+from sae_train.sae.io import save_sae
+from sae_train.sae.linear import LinearConfig, LinearSAE
+from sae_train.train.trainer import Trainer
 
 TINY = ["hook=resid_post.1", "corpus.context_length=16", "corpus.holdout=0.25", "source.shard_tokens=256",
         "source.lanes=2", "sae.d_sae=48", "sae.activation.k=4", "train.tokens=320", "train.batch_tokens=32",
@@ -35,6 +43,18 @@ def refused(capsys, tmp_path, monkeypatch):
         return lines[0]
 
     return run
+
+
+@pytest.fixture
+def no_weights(monkeypatch, request):
+    """Loading a model's weights fails the test (only transformers itself can judge an attention's name)."""
+    if "attn_implementation" in request.node.name:
+        return
+
+    def load(*args, **kwargs):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(wire, "load_model", load)
 
 
 @pytest.fixture
@@ -85,9 +105,26 @@ def tiny(tiny_model_dir, tiny_corpus_dir) -> list[str]:
         ("saes={x: {sae: {activation: {q: 3}}}}", ("saes.x", "q")),
         ("saes={../x: {}}", ("saes",)),
         ("sae.activation.k", ("override", "sae.activation.k", "key=value")),
+        ("~optim.lr", ("override", "deleted")),
+        ("+extra=1", ("extra", "train")),
+        ("hook=[]", ("hook", "at least one")),
+        ("hook=[resid_post.1,blocks.1.hook_resid_post]", ("hook", "once", "resid_post.1")),
+        ("saes={a: 3}", ("saes.a", "3")),
+        ("saes={a: {sae: {d_sae: 3}}}", ("sae.activation.k", "4", "d_sae=3")),
+        ("saes={a: {seed: -1}}", ("saes.a.seed", "-1")),
+        ("saes={a: {hook: [resid_post.1]}}", ("saes.a.hook",)),
+        ("saes=5", ("saes", "5")),
+        ("sae.name=foo", ("sae.name", "foo", "linear")),
+        ("sae.d_sae=1000000000000", ("sae.d_sae", "1000000000000")),
+        ("run.seed=99999999999999999999999", ("run.seed",)),
+        ("run.threads=100000", ("run.threads", "100000")),
+        ("run.dir=", ("run.dir",)),
+        ("source.shard_tokens=1", ("source.shard_tokens", "lanes")),
+        ("corpus.sources=3", ("corpus.sources", "3", "list")),
+        ("model.attn_implementation=foo", ("model.attn_implementation",)),
     ],
 )  # fmt: skip
-def test_a_wrong_value_is_named_with_what_would_be_accepted(tiny, refused, override, words):
+def test_a_wrong_value_is_named_before_weights_load(tiny, refused, no_weights, override, words):
     refused(["train", *tiny, override], *words)
 
 
@@ -110,8 +147,6 @@ def test_a_model_that_is_not_there_is_answered(tiny, refused, tmp_path):
 
 
 def test_half_a_model_is_refused(tiny, refused, tiny_model_dir, tmp_path):
-    import shutil
-
     half = tmp_path / "half"
     shutil.copytree(tiny_model_dir("llama"), half)
     weights = half / "model.safetensors"
@@ -155,11 +190,145 @@ def test_a_short_corpus_may_be_allowed(tiny, tmp_path, capsys):
     assert "data ended" in capsys.readouterr().err
 
 
-def test_one_short_document_is_answered_with_the_count_needed(tiny, refused, tmp_path):
-    corpus = tmp_path / "one"
+@pytest.mark.parametrize("text", ["w1", "w1 w2 w3", "w1 w2 w3 " * 500])
+def test_one_document_is_answered_before_weights_load(tiny, refused, no_weights, tmp_path, text):
+    (tmp_path / "one.txt").write_text(text)
+    refused(["train", *tiny, f"corpus.name={tmp_path / 'one.txt'}"], "corpus.")
+
+
+def test_too_little_text_is_answered_with_the_count_needed(tiny, refused, no_weights, tmp_path):
+    corpus = tmp_path / "few"
     corpus.mkdir()
-    (corpus / "a.txt").write_text("w1 w2 w3")
-    refused(["train", *tiny, f"corpus.name={corpus}"], "corpus")
+    for i in range(6):
+        (corpus / f"{i}.txt").write_text(f"w{i} w7 w8")
+    args = ["train", *tiny, f"corpus.name={corpus}", "source.lanes=8", "corpus.holdout=0.5"]
+    refused(args, "corpus.name", "8 training windows of 16 tokens", "not ")
+
+
+def test_a_corpus_that_stays_away_is_saved_and_may_be_continued(tiny, tmp_path, monkeypatch, capsys):
+    real, seen, run = Documents.__next__, [], tmp_path / "run"
+
+    def read(self):
+        if self.split == "train" and len(seen) >= 200:
+            raise StoppedEarly("could not be read in 3 attempts")
+        seen.append(1)
+        return real(self)
+
+    monkeypatch.setattr(Documents, "__next__", read)
+    few = ["train.tokens=64000", "corpus.epochs=99", "corpus.shuffle_windows=8", "source.prefetch=0"]
+    assert main(["train", *tiny, *few, f"run.dir={run}"]) == 75
+    assert "3 attempts" in capsys.readouterr().err
+    assert list((run / "checkpoints").glob("step-*"))
+
+
+def test_a_tokenizer_with_ids_beyond_the_model_is_answered(
+    tiny, refused, no_weights, tiny_model_dir, tmp_path
+):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model_dir("llama"), other)
+    tree = json.loads((other / "tokenizer.json").read_text())
+    tree["model"]["vocab"]["w999"] = 500
+    (other / "tokenizer.json").write_text(json.dumps(tree))
+    refused(["train", *tiny, f"model.tokenizer={other}"], "model.tokenizer", "500", "128")
+
+
+def test_modules_that_are_no_hooks_are_answered(tiny, refused, no_weights):
+    refused(["train", *tiny, "hook=model.rotary_emb"], "hook", "model.rotary_emb")
+    refused(["train", *tiny, "hook=model.embed_tokens:in"], "hook", "int64")
+
+
+def test_an_sae_of_another_width_is_answered(tiny, refused, tmp_path):
+    run = tmp_path / "run"
+    assert main(["train", *tiny, f"run.dir={run}"]) == 0
+    other = LinearSAE(LinearConfig(d_sae=48), 20)
+    save_sae(other, run / "saes/main", {"hook": "resid_post.1"})
+    refused(["eval", f"run={run}"], "20", "32")
+
+
+def test_two_runs_never_share_a_folder(tiny, refused, tmp_path):
+    run = tmp_path / "run"
+    with owned("run.dir", run):
+        refused(["train", *tiny, f"run.dir={run}"], "run.dir", str(os.getpid()))
+        refused(["harvest", *tiny, f"out={run}"], "out", str(os.getpid()))
+    assert main(["train", *tiny, f"run.dir={run}"]) == 0
+
+
+def test_a_harvest_into_a_file_is_answered_before_weights_load(tiny, refused, no_weights, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(["harvest", *tiny, f"out={tmp_path / 'file'}"], "out", "file")
+
+
+def test_a_lost_record_does_not_let_another_recipe_in(tiny, refused, tmp_path):
+    run = tmp_path / "run"
+    args = ["train", *tiny, "train.tokens=100000", f"run.dir={run}"]
+    refused(args, "train.tokens")
+    (run / "run.json").unlink()
+    refused([*args, "optim.lr=0.5"], "optim.lr")
+    refused(args, "train.tokens")
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"format_version": 1}'])
+def test_a_damaged_record_is_answered(tiny, refused, tmp_path, damage):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text(damage)
+    for args in (["train", *tiny, f"run.dir={run}"], ["status", f"run={run}"], ["eval", f"run={run}"]):
+        refused(args, "run.json")
+
+
+def test_tensors_without_usable_rows_are_answered(refused, tmp_path):
+    recipe = ["sae.d_sae=24", "sae.activation.k=3", "train.tokens=320", "train.batch_tokens=32"]
+    save_file({"activations": torch.full((500, 12), float("nan"))}, tmp_path / "nan.safetensors")
+    save_file({"activations": torch.zeros(0, 12)}, tmp_path / "none.safetensors")
+    base = ["train", "source=tensors", *recipe]
+    refused([*base, f"source.paths=[{tmp_path}/nan.safetensors]"], "source.paths", "finite")
+    refused([*base, f"source.paths=[{tmp_path}/none.safetensors]"], "source.paths", "more rows")
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_rows_without_variance_still_end_in_a_report(tmp_path, value):
+    save_file({"activations": torch.full((4000, 12), value)}, tmp_path / "flat.safetensors")
+    run, recipe = tmp_path / "run", ["sae.d_sae=24", "sae.activation.k=3", "train.tokens=320"]
+    source = ["source=tensors", f"source.paths=[{tmp_path}/flat.safetensors]"]
+    assert main(["train", *source, *recipe, "train.batch_tokens=32", f"run.dir={run}"]) == 0
+    assert (run / "report.html").exists()
+    assert "NaN" not in (run / "summary.json").read_text()
+
+
+def test_numbers_gone_bad_end_with_exit_code_3(tiny, tmp_path, monkeypatch, capsys):
+    def fit(*args):
+        raise NumericsError("gradients were not finite")
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    assert main(["train", *tiny, f"run.dir={tmp_path / 'run'}"]) == 3
+    assert "gradients were not finite" in capsys.readouterr().err
+
+
+def test_gradients_that_stay_bad_end_the_run_and_keep_the_last_good_step(tmp_path, capsys):
+    x = torch.randn(4000, 12)
+    save_file({"activations": x}, tmp_path / "x.safetensors")
+    recipe = ["sae.d_sae=24", "sae.activation.k=3", "train.tokens=1600", "train.batch_tokens=32"]
+    run = tmp_path / "run"
+    args = ["train", "source=tensors", f"source.paths=[{tmp_path}/x.safetensors]", *recipe]
+    every = ["checkpoint.every=10", "logger.every=1", "optim.lr=1e38", "optim.clip=null", "optim.eps=1e-30"]
+    assert main([*args, *every, f"run.dir={run}"]) == 3
+    assert "not finite" in capsys.readouterr().err
+
+
+def test_a_run_whose_data_ended_goes_on_when_it_may_be_short(tiny, refused, tmp_path):
+    run = tmp_path / "run"
+    args = ["train", *tiny, "train.tokens=2000", f"run.dir={run}"]
+    refused(args, "train.tokens", "corpus.epochs")
+    assert main([*args, "corpus.epochs=20"]) == 0
+    steps = json.loads((run / "run.json").read_text())["step"]
+    assert steps == 2000 // 32
+
+
+def test_emulated_bfloat16_is_said_once(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("sae_train.cli.train.native_bfloat16", lambda device: False)
+    run = tmp_path / "run"
+    assert main(["train", *tiny, "train.autocast=bfloat16", f"run.dir={run}"]) == 0
+    assert (run / "train.log").read_text().count("emulates") == 1
 
 
 def test_a_run_folder_that_cannot_be_written_is_answered(tiny, refused, tmp_path):
@@ -182,8 +351,6 @@ def test_a_run_is_not_continued_with_another_recipe(tiny, refused, tmp_path, cha
 def test_a_run_is_not_continued_on_changed_text_or_another_tokenizer(
     tiny, refused, tmp_path, tiny_model_dir, tiny_corpus_dir
 ):
-    import shutil
-
     corpus, model = tmp_path / "corpus", tmp_path / "model"
     shutil.copytree(tiny_corpus_dir, corpus)
     shutil.copytree(tiny_model_dir("llama"), model)

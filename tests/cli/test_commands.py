@@ -204,6 +204,29 @@ def test_a_run_that_was_ended_continues_to_the_same_bits(tiny, tmp_path, number,
     assert len(resumed_at) == 1 and "step 0 " not in resumed_at[0]
 
 
+def test_a_second_signal_ends_a_run_at_once(tiny, tmp_path):
+    run = tmp_path / "run"
+    slow = [*tiny, "train.tokens=640000", "corpus.epochs=9999", "checkpoint.every=20"]
+    process = start(["train", *slow, f"run.dir={run}"])
+    wait_for_step(run, 40, process)
+    process.send_signal(signal.SIGSTOP)  # both signals are then waiting when it goes on
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGCONT)
+    process.communicate(timeout=30)
+    assert process.returncode in (-signal.SIGTERM, -signal.SIGINT)
+    assert list((run / "checkpoints").glob("step-*"))
+
+
+def test_evaluation_while_training_measures_cross_entropy_too(tiny, tmp_path):
+    run = tmp_path / "run"
+    ok("train", *tiny, f"run.dir={run}")
+    while_training = [r for r in read_metrics(run) if r["step"] == 8 and "main/heldout/fvu" in r]
+    assert len(while_training) == 1
+    for key in ("ce_clean", "ce_sae", "kl_sae", "recovered_mean", "l0", "dense"):
+        assert f"main/heldout/{key}" in while_training[0], key
+
+
 def test_rows_computed_elsewhere_train_an_sae(tmp_path):
     g = torch.Generator().manual_seed(0)
     save_file({"acts": torch.randn(3000, 12, generator=g)}, tmp_path / "a.safetensors")

@@ -1,7 +1,9 @@
 """The corpus: order, split, cursor and mixture of documents, odd text, and what a user can get wrong."""
 
+import bz2
 import gzip
 import json
+import lzma
 import random
 import re
 import subprocess
@@ -246,11 +248,102 @@ def test_a_malformed_line_of_json_is_named(tmp_path):
         list(documents)
 
 
+@pytest.mark.parametrize("before", ["", '{"text": "fine"}\n'], ids=["first", "later"])
+@pytest.mark.parametrize("depth", [900, 1015, 5000])  # about the limits of the interpreter and the parsers
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+def test_a_row_of_json_nested_to_any_depth_is_refused(tmp_path, ending, depth, before):
+    path = tmp_path / f"a.{ending}"
+    path.write_text(f'{before}{{"text": {"[" * depth + "]" * depth}}}\n')
+    with pytest.raises(InputError, match=r"^corpus\.(name|text_column)="):
+        list(documents_of(path))
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [("[" * 5000 + "]" * 5000, "maximum recursion depth"), ("1" * 5000, "integer string conversion")],
+)
+def test_a_line_of_json_that_is_too_deep_or_holds_too_long_a_number_is_named(tmp_path, value, found):
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "fine"}}\n{{"text": "fine", "n": {value}}}\n')
+    with pytest.raises(InputError, match=rf"row 2 of .*{found}"):
+        list(documents_of(tmp_path / "a.jsonl"))
+
+
 @pytest.mark.parametrize("ending", ["json", "parquet"])
 def test_a_malformed_file_is_refused(tmp_path, ending):
     (tmp_path / f"a.{ending}").write_bytes(b'{"text": "cut o' * 20)
     with pytest.raises(InputError, match=rf"corpus.name=.*well-formed {ending} data"):
         documents_of(tmp_path / f"a.{ending}")
+
+
+def damage_one_of_several(folder, ending, harm):
+    """Three files of 500 lines of noise, of which "2" is harmed; returns its path."""
+    draw = random.Random(0)
+    pack = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}.get(ending.rpartition(".")[2])
+    for i in range(3):
+        rows = [f"{i} {draw.randbytes(40).hex()}" for _ in range(500)]
+        path = write_rows(folder / f"{i}.{ending.partition('.')[0]}", rows)
+        if pack:
+            path = path.rename(folder / f"{i}.{ending}")
+            path.write_bytes(pack(path.read_bytes()))
+    path = folder / f"2.{ending}"
+    path.write_bytes(harm(path.read_bytes()))
+    return path
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda whole: whole[: len(whole) * 2 // 3],
+        lambda whole: whole[: len(whole) // 2] + bytes(3000) + whole[len(whole) // 2 + 3000 :],
+        lambda whole: b"no such file" * 200,
+    ],
+    ids=["cut", "holed", "other"],
+)
+@pytest.mark.parametrize("ending", ["txt.gz", "jsonl.gz", "txt.bz2", "txt.xz", "parquet"])
+def test_a_damaged_local_file_is_named_at_once_and_not_tried_again(tmp_path, caplog, ending, harm):
+    path = damage_one_of_several(tmp_path, ending, harm)
+    with pytest.raises(InputError, match=rf"^corpus.name='{tmp_path}': expected .*{re.escape(str(path))}"):
+        list(Documents(CorpusConfig(name=str(tmp_path), documents="line"), "train"))  # waits, if it retries
+    assert "attempt" not in caplog.text
+
+
+def test_a_damaged_local_file_can_be_replaced_and_reading_goes_on_from_the_last_document(tmp_path):
+    for i in range(3):
+        write_rows(tmp_path / f"{i}.txt.gz", [f"{i} {j} " + "long " * 5000 for j in range(5)])
+    want = [document.text for document in documents_of(tmp_path, documents="line")]
+    last = tmp_path / f"{want[-1][0]}.txt.gz"
+    whole = last.read_bytes()
+    last.write_bytes(whole[:-9])  # the head is whole, the end and its checksum are missing
+    documents = documents_of(tmp_path, documents="line")
+    got = [next(documents).text for _ in range(10)]
+    with pytest.raises(InputError, match=re.escape(str(last))):
+        next(documents)
+    last.write_bytes(whole)
+    again = documents_of(tmp_path, documents="line")
+    again.load_state_dict(documents.state_dict())
+    assert got + [document.text for document in again] == want
+
+
+@pytest.mark.parametrize(
+    ("encoding", "found"),
+    [
+        ("utf-16", "byte-order mark of UTF-16 or UTF-32"),
+        ("utf-32", "byte-order mark of UTF-16 or UTF-32"),
+        ("utf-16-le", "of the first 1024 bytes of .* are NULs"),
+        ("utf-32-be", "of the first 1024 bytes of .* are NULs"),
+    ],
+)
+@pytest.mark.parametrize("ending", ["txt", "jsonl", "txt.gz"])
+def test_a_file_in_utf_16_or_32_is_named_and_refused_on_opening(tmp_path, ending, encoding, found):
+    write_rows(tmp_path / f"0.{ending}", ROWS)
+    path = write_rows(tmp_path / f"1.{ending.removesuffix('.gz')}", ["“quoted” – text", *ROWS])
+    wide = path.read_text().encode(encoding)
+    path.unlink()
+    path = tmp_path / f"1.{ending}"
+    path.write_bytes(gzip.compress(wide) if ending.endswith("gz") else wide)
+    with pytest.raises(InputError, match=rf"expected text in UTF-8; .*{found}") as caught:
+        documents_of(tmp_path)
+    assert str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "missing.jsonl", "a/b/c", "no_match_*.txt"])
@@ -445,7 +538,7 @@ class Hub(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(body[: len(body) // 2])
             self.wfile.flush()
-            time.sleep(3 if spoil == "stall" else 0)
+            time.sleep(2 if spoil == "stall" else 0)  # four times the client's patience
             self.close_connection = True
         else:
             self.answer(206 if match else 200, body, **ranges)
@@ -454,10 +547,16 @@ class Hub(BaseHTTPRequestHandler):
 CLIENT = """
 import json, logging, os, sys, urllib.request
 logging.basicConfig(level="WARNING", format="LOG %(message)s", stream=sys.stdout)
+import huggingface_hub.constants
+from huggingface_hub.utils import http_backoff, http_stream_backoff
 from sae_train.errors import InputError, StoppedEarly
 from sae_train.harvest.corpus import CorpusConfig, Documents
 from sae_train.harvest.texts import Retry
 
+# Its number of attempts stays; it waits less before each.
+huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT = 0.5
+for request in (http_backoff, http_stream_backoff):
+    getattr(request, "__wrapped__", request).__kwdefaults__["base_wait_time"] = 0.02
 retry = Retry(attempts=3, initial_s=0.01, max_s=0.02)
 for change in ({"name": "me/nothing"}, {"split": "other"}, {"subset": "other"}, {"name": "me / x"}):
     try:
@@ -489,7 +588,6 @@ def test_a_hub_that_cuts_refuses_and_stalls_gives_every_document_once_and_one_th
     environment = {
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
         "HF_HOME": str(tmp_path),
-        "HF_HUB_DOWNLOAD_TIMEOUT": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "PATH": "/usr/bin:/bin",
         "PYTHONPATH": f"{root}:{root / 'kernels'}",

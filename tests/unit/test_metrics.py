@@ -109,7 +109,7 @@ def test_held_out_rows_are_collected_up_to_the_asked_number_and_outliers_marked(
     assert heldout.rows["h"].shape == (25, D)
     assert (~heldout.ordinary["h"]).nonzero().flatten().tolist() == [3]
     assert torch.isfinite(heldout.mean("h")).all() and heldout.mean("h").abs().max() < 5
-    with pytest.raises(InputError, match="holdout"):
+    with pytest.raises(InputError, match=r"source\.holdout"):
         collect(iter([]), 25, 10.0)
 
 

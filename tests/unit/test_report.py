@@ -177,7 +177,7 @@ def test_the_page_tells_everything_it_was_given(tmp_path: Path, drawn: dict[str,
     told += [
         "model forward",
         "75.0 %",
-        "rows trained on",
+        "rows kept",
         "90.00 %",
         "own_rule",
         "own_metric",

@@ -1,0 +1,20 @@
+"""Every preset composes into dataclasses that pass their own checks."""
+
+import pytest
+
+from sae_train.cli.compose import compose, options
+from sae_train.config import members, to_config
+
+GIVEN = ["hook=resid_post.0", "source.path=folder", "source.paths=[a.safetensors]"]
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+def test_every_preset_composes_into_checked_dataclasses(name):
+    composed = compose("train", [f"experiment={name}"])
+    assert members(to_config(composed), composed)
+
+
+@pytest.mark.parametrize("group", ["model", "corpus", "source", "sae", "sae/activation", "optim", "logger"])
+def test_every_option_of_a_group_composes(group):
+    for option in options(group):
+        to_config(compose("train", [f"{group}={option}", "model.name=any", *GIVEN]))
