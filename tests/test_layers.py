@@ -20,7 +20,8 @@ LAYERS: list[list[tuple[set[str], set[str]]]] = [
     [({"sae_kernels"}, {"torch", "triton"})],
     [
         (
-            {"errors", "registry", "devices", "codes", "batch", "files", "redact", "sinks", "log"},
+            {"errors", "registry", "seeds", "devices", "codes", "batch"}
+            | {"files", "redact", "sinks", "log"},
             {"torch", "safetensors", "xxhash", "wandb"},
         )
     ],

@@ -28,8 +28,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-import xxhash
 from tenacity import (
     RetryCallState,
     Retrying,
@@ -49,6 +47,7 @@ from sae_train.harvest.text_files import (
     format_of,
     is_damage,
 )
+from sae_train.seeds import permutation
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -65,17 +64,6 @@ class Retry:
     attempts: int = 5
     initial_s: float = 1.0
     max_s: float = 30.0
-
-
-def seed_of(*parts: object) -> int:
-    """A 63-bit seed that is a pure function of the parts."""
-    return xxhash.xxh3_64_intdigest(":".join(str(part) for part in parts).encode()) >> 1
-
-
-def permutation(size: int, *parts: object) -> list[int]:
-    """A permutation of range(size) that is a pure function of its length and the parts."""
-    generator = torch.Generator().manual_seed(seed_of(*parts))
-    return torch.randperm(size, generator=generator).tolist()
 
 
 def clean(text: str) -> tuple[str, int]:
@@ -105,7 +93,7 @@ class TextSource:
     def __init__(self, spec: TextSpec, seed: int, retry: Retry) -> None:
         self.spec, self._retry = spec, retry
         files = find_files(spec)
-        self._files = files and [files[i] for i in permutation(len(files), "files", seed)]
+        self._files = files and [files[i] for i in permutation(len(files), "files", seed).tolist()]
         self._format = format_of(files[0]) if files else None
         self._is_local = files is not None and not files[0].startswith(("http://", "https://"))
         self.revision = spec.revision

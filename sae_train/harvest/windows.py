@@ -27,7 +27,7 @@ from torch import Tensor
 
 from sae_train.errors import InputError
 from sae_train.harvest.corpus import CorpusConfig, Document, Documents
-from sae_train.harvest.texts import permutation
+from sae_train.seeds import permutation
 
 log = logging.getLogger("sae_train.harvest")
 
@@ -261,7 +261,7 @@ class WindowStream:
             valid, starts = np.insert(valid, 0, True, axis=1), np.insert(starts, 0, False, axis=1)
         if self._block_windows == 1:
             return tokens, valid, starts
-        order = permutation(num_windows, "windows", self._config.seed, self._block)
+        order = permutation(num_windows, "windows", self._config.seed, self._block).numpy()
         return tokens[order], valid[order], starts[order]
 
     def _check_text(self) -> None:

@@ -34,7 +34,8 @@ from sae_train.files import (
     write_tensors,
 )
 from sae_train.registry import nearest
-from sae_train.shards.shard import Shard, ShardStream, permutation
+from sae_train.seeds import permutation
+from sae_train.shards.shard import Shard, ShardStream
 
 logger = logging.getLogger(__name__)
 

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import xxhash
 from torch import Tensor
 
 from sae_train.batch import RawRows, RowProducer
+from sae_train.seeds import permutation
 
 
 @dataclass(frozen=True)
@@ -66,16 +66,6 @@ class ShardStream(Protocol):
         """Make the shard with this cursor the next one."""
 
     def close(self) -> None: ...
-
-
-def stable_seed(*parts: int | str) -> int:
-    """A 63-bit seed that depends on the parts only: not on the process or its hash randomisation."""
-    return xxhash.xxh3_64_intdigest(repr(parts).encode()) >> 1
-
-
-def permutation(count: int, *seed: int | str) -> Tensor:
-    """[count] int64: a permutation that is a pure function of the seed's parts."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(stable_seed(*seed)))
 
 
 def even_lanes(rows: int, lanes: int) -> list[int]:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from sae_train.batch import RawRows
 from sae_train.errors import InputError
-from sae_train.shards.shard import even_lanes, stable_seed
+from sae_train.seeds import stable_seed
+from sae_train.shards.shard import even_lanes
 
 HOOK = "synthetic"
 HELDOUT = 2**40

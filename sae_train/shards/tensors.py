@@ -19,7 +19,8 @@ from sae_train.batch import RawRows
 from sae_train.errors import InputError
 from sae_train.files import digest
 from sae_train.registry import nearest
-from sae_train.shards.shard import even_lanes, permutation
+from sae_train.seeds import permutation
+from sae_train.shards.shard import even_lanes
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 MAX_NONFINITE = 1e-3

@@ -99,16 +99,17 @@ class Trainer:
         """Train until `state.step == steps`.
 
         Raises:
-            StoppedEarly: a stop was asked for; the state is saved.
-            InputError: the data ended early; the state is saved.
+            StoppedEarly: a stop was asked for, or the data is out of reach; the state is saved.
+            InputError: the data ended early or is damaged; the state is saved.
             NumericsError: too many steps in a row without finite gradients.
         """
         while state.step < steps:
             try:
                 with self.clock.phase("rows"):
                     rows = state.source.next_batch()
-            except StoppedEarly:
-                self.save(state)
+            except (StoppedEarly, InputError):
+                if state.step > 0:
+                    self.save(state)
                 raise
             if rows is None:
                 self.save(state)

@@ -248,11 +248,12 @@ def test_a_malformed_line_of_json_is_named(tmp_path):
         list(documents)
 
 
-@pytest.mark.parametrize("before", ["", '{"text": "fine"}\n'], ids=["first", "later"])
-@pytest.mark.parametrize("depth", [900, 1015, 5000])  # about the limits of the interpreter and the parsers
+# The interpreter and each parser give up at a depth of their own, and the first row is read another way.
+@pytest.mark.parametrize(("depth", "rows_before"), [(900, 0), (1015, 1), (5000, 1)])
 @pytest.mark.parametrize("ending", ["jsonl", "json"])
-def test_a_row_of_json_nested_to_any_depth_is_refused(tmp_path, ending, depth, before):
+def test_a_row_of_json_nested_to_any_depth_is_refused(tmp_path, ending, depth, rows_before):
     path = tmp_path / f"a.{ending}"
+    before = '{"text": "fine"}\n' * rows_before
     path.write_text(f'{before}{{"text": {"[" * depth + "]" * depth}}}\n')
     with pytest.raises(InputError, match=r"^corpus\.(name|text_column)="):
         list(documents_of(path))

@@ -15,9 +15,10 @@ import torch
 from sae_train.batch import RawRows
 from sae_train.errors import InputError
 from sae_train.files import digest
+from sae_train.seeds import stable_seed
 from sae_train.shards.disk import DiskShards, ShardWriter
 from sae_train.shards.ring import Prefetch
-from sae_train.shards.shard import PermutedShards, Shard, permute, stable_seed
+from sae_train.shards.shard import PermutedShards, Shard, permute
 from sae_train.shards.synthetic import SyntheticConfig, SyntheticRows
 
 LANES = 4

@@ -57,7 +57,7 @@ def test_a_stream_resumed_at_any_window_and_three_times_over_goes_on_with_the_sa
     tmp_path, monkeypatch, shuffle_windows, epochs
 ):
     monkeypatch.setattr("sae_train.harvest.windows.BATCH_DOCUMENTS", 3)
-    path, _ = write_corpus(tmp_path, num_documents=11)
+    path, _ = write_corpus(tmp_path, num_documents=8)  # three batches, the last one short
     tokenizer = make_tokenizer(eos_token="</s>")
 
     def make():
