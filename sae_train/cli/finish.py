@@ -75,7 +75,7 @@ def finish(
                 )
             )
     seconds = time_shares(clock.state_dict(), wired.source.seconds)
-    wall = sum(seconds.values())
+    wall, waited = sum(seconds.values()), clock.seconds.get("rows", 0.0)
     rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     summary: dict[str, Any] = {
         "tokens": state.tokens,
@@ -84,6 +84,7 @@ def finish(
         "tokens_per_s": state.tokens / wall,
         "peak_rss_bytes": rss_bytes,
         "seconds": seconds,
+        "waited_s": waited,
         "rows": dict(wired.source.counts),
     }
     write_json(
@@ -110,6 +111,7 @@ def finish(
     print_results(results)
     for name, spent, share in time_table(seconds):
         print(f"  {name:<18} {spent:8.1f} s  {share:6.1%}")
+    print(f"  ({waited:.1f} s waiting for rows, shown as what was done meanwhile)")
     print(
         f"{state.tokens:,} tokens in {wall:,.0f} s ({state.tokens / wall:,.0f} tokens/s), "
         f"peak memory {rss_bytes / 2**30:.2f} GiB"

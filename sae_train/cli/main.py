@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib
+import os
 import platform
 import sys
 
@@ -36,6 +37,7 @@ def one_arena() -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code (0 done, 2 input, 3 numerics, 75 stopped and saved)."""
     one_arena()
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     args = sys.argv[1:] if argv is None else list(argv)
     if not args or args[0] in ("-h", "--help", "help"):
         print(overview(VERBS))

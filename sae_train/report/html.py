@@ -81,7 +81,7 @@ class ReportData:
         command: the command line that repeats it.
         versions: package -> version.
         warnings: what a reader should know before believing the numbers.
-        summary: tokens, wall_s, tokens_per_s, peak_rss_bytes (each optional); other keys are not shown.
+        summary: tokens, wall_s, waited_s, tokens_per_s, peak_rss_bytes, each optional; the rest is not shown.
         plots: PNG files about the whole run by kind (time).
     """
 
@@ -120,6 +120,7 @@ def write_report(path: Path, data: ReportData) -> Path:
             (_text(name), f"{spent:,.1f}", f"{100 * share:.1f}", 100 * share)
             for name, spent, share in data.time
         ],
+        waited=f"{data.summary['waited_s']:,.1f} s" if data.summary.get("waited_s") else "",
         filters=_filters(data.filters),
         command=_text(data.command),
         config=_text(
