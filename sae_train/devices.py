@@ -16,7 +16,9 @@ def pick_device(name: str, key: str = "model.device") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InputError(key, name, "one of auto, cpu, cuda, cuda:N") from None
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(key, name, "one of auto, cpu, cuda, cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = f"torch finds {torch.cuda.device_count()} CUDA devices here"
         raise InputError(key, name, f"auto or cpu: {found}")

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -31,7 +30,6 @@ def refused(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(args: list[str], *words: str) -> str:
-        started = time.monotonic()
         code = main(args)
         err = capsys.readouterr().err
         lines = [line for line in err.splitlines() if line.startswith("sae-train ")]
@@ -39,7 +37,6 @@ def refused(capsys, tmp_path, monkeypatch):
         assert len(lines) == 1 and "Traceback" not in err, err
         for word in words:
             assert word in lines[0], (word, lines[0])
-        assert time.monotonic() - started < 10
         return lines[0]
 
     return run
