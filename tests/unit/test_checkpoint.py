@@ -384,3 +384,18 @@ def test_a_full_disk_fails_the_save_loudly_and_keeps_the_old_step(tmp_path):
     before = ("unshare", "-m", "sh", "-c", f'{" ".join(mount)} && exec "$@"', "sh")
     out = run_script(FULL_DISK_SCRIPT, str(tmp_path), before=before)
     assert out.split("\n")[:3] == ["full ['step-00000001'] 1"] * 2 + ["then 3"]
+
+
+def test_a_checkpoint_of_format_1_is_read_bit_for_bit_for_ever(tmp_path):
+    """tests/golden/checkpoint-v1 was written by release 0.1.0 and is never written again."""
+    golden = Path(__file__).parents[1] / "golden" / "checkpoint-v1"
+    shutil.copytree(golden, tmp_path / "checkpoints")
+    loaded = Checkpointer(tmp_path / "checkpoints").load()
+    assert loaded is not None
+    step, state, meta = loaded
+    assert step == state["step"] == 2
+    assert torch.equal(state["nested"][0], torch.arange(6.0).reshape(2, 3))
+    assert torch.equal(state["nested"]["h"], torch.tensor([1.5, -2.25], dtype=torch.bfloat16))
+    assert state["list"] == [None, True, -1, 0.1, "é"]
+    assert state["count"] == 2**40 and state["count"].dtype == torch.int64
+    assert meta == {"config": {"optim": {"lr": 0.001}}, "fingerprint": {"model": "tiny"}}
