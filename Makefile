@@ -6,8 +6,8 @@
 #
 # PYTHON=python3.12   another interpreter (3.11 or later) for .venv
 # PIP_ARGS=...        more arguments for pip; on a machine without a GPU,
-#                     PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
-#                     installs torch's CPU build, 0.2 GB instead of 3 GB
+#                     PIP_ARGS="--extra-index-url URL" with the URL of torch's CPU builds
+#                     (torch's installation page has it) installs 0.2 GB instead of 3 GB
 # ARGS=...            more arguments for the command: make demo ARGS="train.tokens=100_000"
 
 PYTHON ?= python3
@@ -28,7 +28,7 @@ READY := $(VENV)/.installed-$(KEY)
 .PHONY: help demo test lint venv clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
+	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
 
 demo: $(READY)-demo
 	$(BIN)/sae-train train experiment=demo $(ARGS)
