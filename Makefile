@@ -7,7 +7,7 @@
 # PYTHON=python3.12   another interpreter (3.11 or later) for .venv
 # PIP_ARGS=...        more arguments for pip; on a machine without a GPU,
 #                     PIP_ARGS="--extra-index-url URL" with the URL of torch's CPU builds
-#                     (torch's installation page has it) installs 0.2 GB instead of 3 GB
+#                     (torch's installation page has it) spares several gigabytes
 # ARGS=...            more arguments for the command: make demo ARGS="train.tokens=100_000"
 
 PYTHON ?= python3
