@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sae_kernels.contracts import accumulate_dtype
+from sae_kernels.slots import row_of_slot, slots_by_latent
 
 DEVICES = ("cpu", "cuda")
 # Elements of the largest temporary: 256 MiB of float32 preactivations or of gathered weight rows.
@@ -51,19 +52,30 @@ def encode_in_chunks(
     return values, indices
 
 
-def sparse_decode(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+def sparse_decode(values: Tensor, indices: Tensor, weight: Tensor, offsets: Tensor | None = None) -> Tensor:
     acc = accumulate_dtype(values, weight)
-    rows = weight.to(acc).contiguous()
     bags = F.embedding_bag(
-        indices.contiguous(), rows, per_sample_weights=values.to(acc).contiguous(), mode="sum"
+        indices.contiguous(),
+        weight.to(acc).contiguous(),
+        None if offsets is None else offsets.to(indices.dtype),
+        per_sample_weights=values.to(acc).contiguous(),
+        mode="sum",
+        include_last_offset=offsets is not None,
     )
     return bags.to(weight.dtype)
 
 
-def gather_dot(rows: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+def gather_dot(rows: Tensor, indices: Tensor, weight: Tensor, offsets: Tensor | None = None) -> Tensor:
     acc = accumulate_dtype(rows, weight)
     rows = rows.to(acc)
     out = torch.empty(indices.shape, dtype=acc, device=rows.device)
+    if offsets is not None:
+        row = row_of_slot(indices, offsets)
+        step = max(1, CHUNK_ELEMENTS // max(1, weight.shape[1]))
+        for start in range(0, len(indices), step):
+            part = slice(start, start + step)
+            out[part] = (weight[indices[part]].to(acc) * rows[row[part]]).sum(dim=-1)  # [step, D]
+        return out
     step = max(1, CHUNK_ELEMENTS // max(1, indices.shape[1] * weight.shape[1]))
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
@@ -72,13 +84,15 @@ def gather_dot(rows: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def segment_rows(values: Tensor, indices: Tensor, rows: Tensor, d_sae: int) -> Tensor:
+def segment_rows(
+    values: Tensor, indices: Tensor, rows: Tensor, d_sae: int, offsets: Tensor | None = None
+) -> Tensor:
     acc = accumulate_dtype(values, rows)
     order, starts = slots_by_latent(values, indices, d_sae)
     # The empty slots form one more bag. Cutting them off would wait for the device to say how many they are.
     starts = torch.cat([starts, starts.new_full((1,), values.numel())])
     bags = F.embedding_bag(
-        order // indices.shape[1],
+        row_of_slot(indices, offsets)[order],
         rows.to(acc).contiguous(),
         starts,
         per_sample_weights=values.to(acc).reshape(-1)[order],
@@ -86,14 +100,3 @@ def segment_rows(values: Tensor, indices: Tensor, rows: Tensor, d_sae: int) -> T
         include_last_offset=True,
     )
     return bags[:d_sae]
-
-
-def slots_by_latent(values: Tensor, indices: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
-    """Slots in the order of their latents, rows in order within each, empty slots after all others.
-
-    Returns:
-        order [N * K] int64: slot numbers n * K + j.
-        starts [d_sae + 1] int64: where in `order` each latent's slots begin, then where the empty ones do."""
-    keys = indices.masked_fill(values == 0, d_sae).reshape(-1)
-    keys, order = keys.sort(stable=True)
-    return order, torch.searchsorted(keys, torch.arange(d_sae + 1, dtype=keys.dtype, device=keys.device))

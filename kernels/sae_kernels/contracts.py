@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+from sae_kernels.latents import AdamStep, Latents
+from sae_kernels.slots import num_rows
+
 
 def accumulate_dtype(*tensors: Tensor) -> torch.dtype:
     """float32, or float64 as soon as one argument is float64 (gradient checks)."""
@@ -21,49 +24,133 @@ def product_dtype(x: Tensor, w: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, w.dtype)
 
 
-def check_encoder(x: Tensor, w: Tensor, b: Tensor, k: int) -> None:
+def check_encoder(x: Tensor, w: Tensor, b: Tensor, k: int | None = None) -> None:
     if x.dim() != 2 or w.dim() != 2 or x.shape[1] != w.shape[1]:
         raise ValueError(f"x is {tuple(x.shape)} and w is {tuple(w.shape)}: expected [N, D] and [F, D]")
     if b.shape != w.shape[:1]:
         raise ValueError(f"b is {tuple(b.shape)}: expected [{w.shape[0]}], one per row of w")
-    if not 1 <= k <= w.shape[0]:
+    if k is not None and not 1 <= k <= w.shape[0]:
         raise ValueError(f"k is {k}: expected 1 to {w.shape[0]}, the number of latents")
     _check_float_on_one_device(x=x, w=w, b=b)
 
 
-def check_codes(values: Tensor, indices: Tensor, weight: Tensor) -> None:
+def check_threshold(threshold: Tensor, w: Tensor) -> None:
+    """The argument of `threshold_encode` that other encoders do not have."""
+    if threshold.dim() != 0 and threshold.shape != w.shape[:1]:
+        raise ValueError(f"threshold is {tuple(threshold.shape)}: expected [{w.shape[0]}] or []")
+    _check_float_on_one_device(w=w, threshold=threshold)
+
+
+def check_codes(values: Tensor, indices: Tensor, weight: Tensor, offsets: Tensor | None) -> None:
     """Arguments of `sparse_decode`."""
-    if values.dim() != 2 or values.shape != indices.shape:
-        shapes = f"values is {tuple(values.shape)} and indices {tuple(indices.shape)}"
-        raise ValueError(f"{shapes}: expected [N, K] twice")
+    _check_pair(values, indices, offsets)
     if weight.dim() != 2:
         raise ValueError(f"weight is {tuple(weight.shape)}: expected [F, D]")
     _check_float_on_one_device(values=values, weight=weight)
-    _check_indices(indices, weight)
+    _check_indices(indices, weight, offsets)
 
 
-def check_gather(rows: Tensor, indices: Tensor, weight: Tensor) -> None:
+def check_residual(
+    values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor, target: Tensor, offsets: Tensor | None
+) -> None:
+    """Arguments of `decode_residual`."""
+    check_codes(values, indices, weight, offsets)
+    rows = num_rows(indices, offsets)
+    if bias.shape != weight.shape[1:]:
+        raise ValueError(f"bias is {tuple(bias.shape)}: expected [{weight.shape[1]}], the width of weight")
+    if target.shape != (rows, weight.shape[1]):
+        raise ValueError(f"target is {tuple(target.shape)}: expected [{rows}, {weight.shape[1]}]")
+    _check_float_on_one_device(weight=weight, bias=bias, target=target)
+
+
+def check_gather(rows: Tensor, indices: Tensor, weight: Tensor, offsets: Tensor | None) -> None:
     """Arguments of `gather_dot`."""
     if rows.dim() != 2 or weight.dim() != 2 or rows.shape[1] != weight.shape[1]:
         shapes = f"rows is {tuple(rows.shape)} and weight is {tuple(weight.shape)}"
         raise ValueError(f"{shapes}: expected [N, D] and [F, D]")
-    if indices.dim() != 2 or len(indices) != len(rows):
-        raise ValueError(f"indices is {tuple(indices.shape)}: expected [{len(rows)}, K]")
+    if indices.dim() != (2 if offsets is None else 1) or num_rows(indices, offsets) != len(rows):
+        layout = f"[{len(rows)}, K]" if offsets is None else f"[M] with offsets [{len(rows) + 1}]"
+        raise ValueError(f"indices is {tuple(indices.shape)}: expected {layout}")
     _check_float_on_one_device(rows=rows, weight=weight)
-    _check_indices(indices, weight)
+    _check_indices(indices, weight, offsets)
 
 
-def check_segments(values: Tensor, indices: Tensor, rows: Tensor, d_sae: int) -> None:
+def check_segments(values: Tensor, indices: Tensor, rows: Tensor, d_sae: int, offsets: Tensor | None) -> None:
     """Arguments of `segment_rows`."""
-    if values.dim() != 2 or values.shape != indices.shape:
-        shapes = f"values is {tuple(values.shape)} and indices {tuple(indices.shape)}"
-        raise ValueError(f"{shapes}: expected [N, K] twice")
-    if rows.dim() != 2 or len(rows) != len(values):
-        raise ValueError(f"rows is {tuple(rows.shape)}: expected [{len(values)}, D]")
+    _check_pair(values, indices, offsets)
+    if rows.dim() != 2 or len(rows) != num_rows(indices, offsets):
+        raise ValueError(f"rows is {tuple(rows.shape)}: expected [{num_rows(indices, offsets)}, D]")
     if d_sae < 1:
         raise ValueError(f"d_sae is {d_sae}: expected at least 1")
     _check_float_on_one_device(values=values, rows=rows)
-    _check_indices(indices, rows)
+    _check_indices(indices, rows, offsets)
+
+
+def check_sparse_grad(
+    x: Tensor,
+    g: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    w_dec: Tensor,
+    dots: Tensor | None,
+    offsets: Tensor | None,
+) -> None:
+    check_codes(values, indices, w_dec, offsets)
+    shape = (num_rows(indices, offsets), w_dec.shape[1])
+    for name, rows in (("x", x), ("g", g)):
+        if rows.shape != shape:
+            raise ValueError(f"{name} is {tuple(rows.shape)}: expected {list(shape)}")
+    if dots is not None and dots.shape != values.shape:
+        raise ValueError(f"dots is {tuple(dots.shape)}: expected {tuple(values.shape)} as values")
+    _check_float_on_one_device(w_dec=w_dec, x=x, g=g)
+
+
+def check_latents(
+    x: Tensor,
+    residual: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    dots: Tensor,
+    latents: Latents,
+    adam: AdamStep,
+    offsets: Tensor | None,
+) -> None:
+    """Arguments of `latent_step`."""
+    w_dec = latents.w_dec.value
+    check_sparse_grad(x, residual, values, indices, w_dec, dots, offsets)
+    f, d = w_dec.shape
+    shapes = {"w_enc": (f, d), "b_enc": (f,), "w_dec": (f, d), "b_dec": (d,)}
+    for name, shape in shapes.items():
+        weight = getattr(latents, name)
+        wanted = {"value": torch.float32, "first": None, "second": None, "low": torch.bfloat16}
+        if weight.remainder is not None:
+            wanted |= {"value": torch.bfloat16, "remainder": torch.int16}
+        for field, dtype in wanted.items():
+            tensor = getattr(weight, field)
+            if tensor is None:
+                continue
+            if tensor.shape != shape or not tensor.is_contiguous():
+                raise ValueError(
+                    f"{name}.{field} is {tuple(tensor.shape)}: expected a contiguous {list(shape)}"
+                )
+            if tensor.device != x.device:
+                raise ValueError(f"{name}.{field} is on {tensor.device}: expected {x.device}, where x is")
+            accepted = (torch.float32, torch.bfloat16) if dtype is None else (dtype,)
+            if tensor.dtype not in accepted:
+                raise ValueError(
+                    f"{name}.{field} is {tensor.dtype}: expected {' or '.join(map(str, accepted))}"
+                )
+        if weight.remainder is not None and weight.low is not None:
+            raise ValueError(f"{name} has a remainder and a low copy: its value is the low copy already")
+    if latents.last_step is not None and adam.beta1 != 0:
+        raise ValueError(f"beta1 is {adam.beta1} with last_step set: lazy steps are exact for beta1 = 0 only")
+
+
+def _check_pair(values: Tensor, indices: Tensor, offsets: Tensor | None) -> None:
+    dim, layout = (2, "[N, K]") if offsets is None else (1, "[M]")
+    if values.dim() != dim or values.shape != indices.shape:
+        shapes = f"values is {tuple(values.shape)} and indices {tuple(indices.shape)}"
+        raise ValueError(f"{shapes}: expected {layout} twice")
 
 
 def _check_float_on_one_device(**tensors: Tensor) -> None:
@@ -75,8 +162,11 @@ def _check_float_on_one_device(**tensors: Tensor) -> None:
             raise ValueError(f"{name} is on {tensor.device}: expected {where.device}, where {first} is")
 
 
-def _check_indices(indices: Tensor, beside: Tensor) -> None:
+def _check_indices(indices: Tensor, beside: Tensor, offsets: Tensor | None) -> None:
     if indices.dtype != torch.int32:
         raise ValueError(f"indices is {indices.dtype}: expected torch.int32")
-    if indices.device != beside.device:
-        raise ValueError(f"indices is on {indices.device}: expected {beside.device}")
+    for name, tensor in (("indices", indices), ("offsets", offsets)):
+        if tensor is not None and tensor.device != beside.device:
+            raise ValueError(f"{name} is on {tensor.device}: expected {beside.device}")
+    if offsets is not None and (offsets.dtype != torch.int64 or offsets.dim() != 1 or len(offsets) < 1):
+        raise ValueError(f"offsets is {offsets.dtype} {tuple(offsets.shape)}: expected torch.int64 [N + 1]")

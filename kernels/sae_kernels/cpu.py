@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sae_kernels.chunked import encode_in_chunks, slots_by_latent, sparse_decode
+from sae_kernels.chunked import encode_in_chunks, sparse_decode
 from sae_kernels.contracts import accumulate_dtype
+from sae_kernels.slots import row_of_slot, slots_by_latent
 
 __all__ = ["gather_dot", "segment_rows", "sparse_decode", "supports", "topk_encode"]
 
@@ -69,28 +70,32 @@ def top_k(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, place.div(k, rounding_mode="floor") * num_blocks + best.gather(1, place % k)
 
 
-def gather_dot(rows: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+def gather_dot(rows: Tensor, indices: Tensor, weight: Tensor, offsets: Tensor | None = None) -> Tensor:
     _check_range(indices, len(weight))
     acc = accumulate_dtype(rows, weight)
-    n, k = indices.shape
+    n = len(rows)
+    if offsets is None:
+        offsets = torch.arange(n + 1, dtype=torch.int32) * indices.shape[1]
     pattern = torch.sparse_csr_tensor(
-        torch.arange(n + 1, dtype=torch.int32) * k,
+        offsets.int(),
         indices.reshape(-1),
-        torch.zeros(n * k, dtype=acc),
+        torch.zeros(indices.numel(), dtype=acc),
         size=(n, len(weight)),
         check_invariants=False,  # a row's columns are neither sorted nor distinct, and need not be
     )
     out = torch.sparse.sampled_addmm(pattern, rows.to(acc), weight.to(acc).t(), beta=0.0)
-    return out.values().view(n, k)
+    return out.values().view(indices.shape)
 
 
-def segment_rows(values: Tensor, indices: Tensor, rows: Tensor, d_sae: int) -> Tensor:
+def segment_rows(
+    values: Tensor, indices: Tensor, rows: Tensor, d_sae: int, offsets: Tensor | None = None
+) -> Tensor:
     _check_range(indices, d_sae)
     acc = accumulate_dtype(values, rows)
     order, starts = slots_by_latent(values, indices, d_sae)
     order = order[: int(starts[-1])]  # without the empty slots
     return F.embedding_bag(
-        order // indices.shape[1],
+        row_of_slot(indices, offsets)[order],
         rows.to(acc).contiguous(),
         starts,
         per_sample_weights=values.to(acc).reshape(-1)[order],

@@ -16,11 +16,13 @@ _log = logging.getLogger("sae_kernels")
 
 _BACKENDS = {  # name -> module, in the order in which "auto" tries them
     "cpu": "sae_kernels.cpu",
+    "triton": "sae_kernels.triton",
     "torch": "sae_kernels.chunked",
     "reference": "sae_kernels.reference",
 }
 _requested = "auto"  # process-wide, as autograd may run a backward in another thread
 _logged: set[tuple[str, str]] = set()
+_not_importable: dict[str, str] = {}  # backend -> reason; looked at once, warned about once
 
 
 def available_backends() -> list[str]:
@@ -57,7 +59,7 @@ class use_backend:
         _requested = self._before
 
 
-def select(op: str, name: str, *args: Tensor | int) -> tuple[str, Callable]:
+def select(op: str, name: str, *args: object) -> tuple[str, Callable]:
     """The backend for one call: its name and its function.
 
     Raises:
@@ -83,7 +85,14 @@ def _module(name: str) -> ModuleType:
 
 
 def _refusal(name: str, op: str, tensors: list[Tensor]) -> str | None:
-    module = _module(name)
+    if name in _not_importable:
+        return _not_importable[name]
+    try:
+        module = _module(name)
+    except ImportError as error:  # Triton is missing or broken; the others import torch alone
+        _not_importable[name] = f"it cannot be imported ({error})"
+        _log.warning("backend %s is not used: %s", name, _not_importable[name])
+        return _not_importable[name]
     if not hasattr(module, op):
         return f"it does not implement {op}"
     return module.supports(op, *tensors)

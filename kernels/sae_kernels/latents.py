@@ -1,0 +1,164 @@
+"""What `latent_step` reads and writes: parameters with their Adam moments, counters, storage formats.
+
+A parameter is kept in one of two formats. Plain: `value` is float32, and `low`, where there is one,
+is its bfloat16 copy for matrix products. Split: `value` is bfloat16 and `remainder` int16, and
+together they hold the same float32 in 4 bytes, with the copy for matrix products for free:
+
+    bits(float32) = (bits(value) << 16) + remainder        -2^15 <= remainder < 2^15
+
+so `value` is the float32 rounded to nearest, ties away from zero in magnitude of the bits.
+Moments are float32, or bfloat16 rounded stochastically: their expectation is then the float32
+moment, while rounding to nearest would never let a second moment decay by a factor of 0.999.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Weight:
+    """A parameter and its Adam moments; every tensor has the parameter's shape.
+
+    Attributes:
+        value: float32, or bfloat16 if `remainder` is set.
+        first, second: Adam's moments, float32 or bfloat16 (stochastic rounding).
+        low: bfloat16 copy of a float32 `value`, kept up to date; optional.
+        remainder: int16 lower half of a split master; optional.
+    """
+
+    value: Tensor
+    first: Tensor
+    second: Tensor
+    low: Tensor | None = None
+    remainder: Tensor | None = None
+
+    def master(self) -> Tensor:
+        """The parameter in float32: `value` itself, or joined from its halves."""
+        return self.value if self.remainder is None else join(self.value, self.remainder)
+
+    def product(self) -> Tensor:
+        """What matrix products should read: the bfloat16 copy where there is one."""
+        return self.value if self.low is None else self.low
+
+    def store(self, master: Tensor) -> None:
+        """Write a new float32 value [shape of the parameter], in place, in every format kept."""
+        if self.remainder is None:
+            self.value.copy_(master)
+        else:
+            value, remainder = split(master)
+            self.value.copy_(value)
+            self.remainder.copy_(remainder)
+        if self.low is not None:
+            self.low.copy_(master)
+
+
+@dataclass
+class Latents:
+    """Parameters of a linear SAE, updated in place: x_hat = z w_dec + b_dec.
+
+    Attributes:
+        w_enc, w_dec: [F, D]. b_enc: [F]. b_dec: [D].
+        step: 0-dim float32, the number of Adam steps done.
+        last_step: [F] int32 or None. If set, rows of latents that are inactive in a step are left
+            alone and caught up when they are next active ("lazy" Adam): exact because beta1 must be 0,
+            so an inactive row neither moves nor keeps a first moment, and its second moment only decays.
+            `settle` catches up every row.
+    """
+
+    w_enc: Weight
+    b_enc: Weight
+    w_dec: Weight
+    b_dec: Weight
+    step: Tensor
+    last_step: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class AdamStep:
+    """Hyperparameters of one Adam step (Kingma & Ba 2015, arXiv:1412.6980), no weight decay."""
+
+    lr: float
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+
+@dataclass
+class Counters:
+    """Feature statistics updated in the same pass; [F] each, on the device of the latents.
+
+    Attributes:
+        counts: int64 rows on which a latent fired.
+        sums: int64 summed values in units of 2^-20, each value rounded to the nearest unit, ties to even.
+        maxima: float32 largest value.
+        last_fired: int64; set to `tokens` where a latent fired.
+        tokens: rows seen, this batch included.
+    Values that are not finite count as zero.
+    """
+
+    counts: Tensor
+    sums: Tensor
+    maxima: Tensor
+    last_fired: Tensor
+    tokens: int
+
+
+FIXED_POINT = 2**20
+"""Units per 1.0 of `Counters.sums`."""
+
+
+@dataclass(frozen=True)
+class DeadGrads:
+    """Gradients of another loss (AuxK) in some latents' rows, added to those of the reconstruction.
+
+    Attributes:
+        latents: [F_dead] int64, distinct.
+        w_enc, w_dec: [F_dead, D]. b_enc: [F_dead].
+    """
+
+    latents: Tensor
+    w_enc: Tensor
+    b_enc: Tensor
+    w_dec: Tensor
+
+
+def split(master: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 -> bfloat16 value and int16 remainder of the same shape; lossless for finite numbers."""
+    bits = master.contiguous().view(torch.int32)
+    remainder = bits.to(torch.int16)  # the lower 16 bits, as a signed number
+    upper = (bits - remainder.int()) >> 16
+    return upper.to(torch.int16).view(torch.bfloat16), remainder
+
+
+def join(value: Tensor, remainder: Tensor) -> Tensor:
+    """The float32 that `split` took apart."""
+    upper = value.contiguous().view(torch.int16).int() << 16
+    return (upper + remainder.int()).view(torch.float32)
+
+
+def noise(shape: torch.Size, step: Tensor, salt: int) -> Tensor:
+    """Integers in 0..2^16-1 for stochastic rounding: a hash of (element, step, salt), int32 of `shape`.
+
+    The element number is hashed twice with the step between, by the finalizer of MurmurHash3 (Austin
+    Appleby, public domain), in wrapping 32-bit arithmetic: a kernel gives the same bits.
+    """
+    elements = torch.arange(shape.numel(), device=step.device).reshape(shape)
+    key = (step.long() * 0x9E3779B1 + salt) & 0xFFFFFFFF
+    return (_mix(_mix(elements & 0xFFFFFFFF) ^ key) >> 16).int()
+
+
+def _mix(h: Tensor) -> Tensor:
+    """MurmurHash3's 32-bit finalizer on int64 tensors that hold 32-bit unsigned numbers."""
+    h = h ^ (h >> 16)
+    h = (h * 0x85EBCA6B) & 0xFFFFFFFF
+    h = h ^ (h >> 13)
+    h = (h * 0xC2B2AE35) & 0xFFFFFFFF
+    return h ^ (h >> 16)
+
+
+def round_stochastically(exact: Tensor, noise: Tensor) -> Tensor:
+    """float32 -> bfloat16: up with the probability of the fraction cut off; `noise` from `noise`."""
+    bits = exact.contiguous().view(torch.int32) + noise
+    return (bits >> 16).to(torch.int16).view(torch.bfloat16)
