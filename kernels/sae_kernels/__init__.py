@@ -25,6 +25,7 @@ from sae_kernels.contracts import (
     check_residual,
     check_segments,
     check_sparse_grad,
+    check_step,
     check_threshold,
 )
 from sae_kernels.dispatch import available_backends, use_backend
@@ -319,7 +320,7 @@ def latent_step(
         unit_norm: rows of w_dec are unit vectors and stay so.
         clip: largest gradient norm, over all parameters; None leaves gradients as they are.
         clip_norm: 0-dim norm to compare with `clip` instead of this step's own, which then needs no
-            pass of its own (the previous step's norm, say).
+            pass of its own (the norm of the last step that was made, say). NaN skips the step.
         dead: gradients of another loss in some rows.
         counters: statistics to update; also in a step that is skipped.
 
@@ -329,6 +330,7 @@ def latent_step(
     Raises:
         ValueError: shapes, dtypes, devices or options do not fit."""
     check_latents(x, residual, values, indices, dots, latents, adam, offsets)
+    check_step(latents, clip, clip_norm, dead, counters)
     return autograd.run_plain(
         "latent_step",
         *(x, residual, values, indices, dots, latents, adam, scale, centred, unit_norm),

@@ -68,11 +68,13 @@ class _Encode(torch.autograd.Function):
 
 
 class _DeadEncode(torch.autograd.Function):
+    """Dense products on a GPU take rounded operands in the backward too, as torch's own do under autocast."""
+
     @staticmethod
     def forward(ctx: Any, asked: str, run: Callable, x: Tensor, w: Tensor, b: Tensor, k: int) -> Tensor:
         rounded = product_dtype(x, w)
         acts = _plain(run, x.to(rounded), w.to(rounded), b, k)
-        ctx.b_dtype = b.dtype
+        ctx.b_dtype, ctx.rounded = b.dtype, rounded if x.is_cuda else acts.dtype
         ctx.save_for_backward(x, w, acts)
         return acts
 
@@ -80,11 +82,12 @@ class _DeadEncode(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Grads:
         x, w, acts = ctx.saved_tensors
         dz = grad.masked_fill(acts == 0, 0)
+        low = dz.to(ctx.rounded)
         dx = dw = db = None
         if ctx.needs_input_grad[2]:
-            dx = (dz @ w.to(dz.dtype)).to(x.dtype)
+            dx = (low @ w.to(ctx.rounded)).to(x.dtype)
         if ctx.needs_input_grad[3]:
-            dw = (dz.T @ x.to(dz.dtype)).to(w.dtype)
+            dw = (low.T @ x.to(ctx.rounded)).to(w.dtype)
         if ctx.needs_input_grad[4]:
             db = dz.sum(dim=0).to(ctx.b_dtype)
         return None, None, dx, dw, db, None

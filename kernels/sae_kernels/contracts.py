@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sae_kernels.latents import AdamStep, Latents
+from sae_kernels.latents import AdamStep, Counters, DeadGrads, Latents
 from sae_kernels.slots import num_rows
 
 
@@ -47,7 +47,7 @@ def check_codes(values: Tensor, indices: Tensor, weight: Tensor, offsets: Tensor
     if weight.dim() != 2:
         raise ValueError(f"weight is {tuple(weight.shape)}: expected [F, D]")
     _check_float_on_one_device(values=values, weight=weight)
-    _check_indices(indices, weight, offsets)
+    _check_indices(indices, weight, offsets, len(weight))
 
 
 def check_residual(
@@ -72,7 +72,7 @@ def check_gather(rows: Tensor, indices: Tensor, weight: Tensor, offsets: Tensor 
         layout = f"[{len(rows)}, K]" if offsets is None else f"[M] with offsets [{len(rows) + 1}]"
         raise ValueError(f"indices is {tuple(indices.shape)}: expected {layout}")
     _check_float_on_one_device(rows=rows, weight=weight)
-    _check_indices(indices, weight, offsets)
+    _check_indices(indices, weight, offsets, len(weight))
 
 
 def check_segments(values: Tensor, indices: Tensor, rows: Tensor, d_sae: int, offsets: Tensor | None) -> None:
@@ -83,7 +83,7 @@ def check_segments(values: Tensor, indices: Tensor, rows: Tensor, d_sae: int, of
     if d_sae < 1:
         raise ValueError(f"d_sae is {d_sae}: expected at least 1")
     _check_float_on_one_device(values=values, rows=rows)
-    _check_indices(indices, rows, offsets)
+    _check_indices(indices, rows, offsets, d_sae)
 
 
 def check_sparse_grad(
@@ -102,7 +102,7 @@ def check_sparse_grad(
             raise ValueError(f"{name} is {tuple(rows.shape)}: expected {list(shape)}")
     if dots is not None and dots.shape != values.shape:
         raise ValueError(f"dots is {tuple(dots.shape)}: expected {tuple(values.shape)} as values")
-    _check_float_on_one_device(w_dec=w_dec, x=x, g=g)
+    _check_float_on_one_device(w_dec=w_dec, x=x, g=g, **({} if dots is None else {"dots": dots}))
 
 
 def check_latents(
@@ -146,6 +146,40 @@ def check_latents(
         raise ValueError(f"beta1 is {adam.beta1} with last_step set: lazy steps are exact for beta1 = 0 only")
 
 
+def check_step(
+    latents: Latents,
+    clip: float | None,
+    clip_norm: Tensor | None,
+    dead: DeadGrads | None,
+    counters: Counters | None,
+) -> None:
+    """Options and counters of `latent_step`: a kernel would write past the end of one that is too short."""
+    f, d = latents.w_dec.value.shape
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip is {clip}: expected a positive number")
+    tensors: list[tuple[str, Tensor, tuple[int, ...], torch.dtype | None]]  # name, tensor, shape, dtype
+    tensors = [("latents.step", latents.step, (), torch.float32)]
+    if latents.last_step is not None:
+        tensors.append(("latents.last_step", latents.last_step, (f,), torch.int32))
+    if clip_norm is not None:
+        tensors.append(("clip_norm", clip_norm, (), None))
+    if dead is not None:
+        n = dead.latents.numel()
+        tensors.append(("dead.latents", dead.latents, (n,), torch.int64))
+        tensors += [("dead.w_enc", dead.w_enc, (n, d), None), ("dead.w_dec", dead.w_dec, (n, d), None)]
+        tensors.append(("dead.b_enc", dead.b_enc, (n,), None))
+    if counters is not None:
+        tensors.append(("counters.maxima", counters.maxima, (f,), torch.float32))
+        for name in ("counts", "sums", "last_fired"):
+            tensors.append((f"counters.{name}", getattr(counters, name), (f,), torch.int64))
+    for name, tensor, shape, dtype in tensors:
+        if tensor.shape != shape or (dtype is not None and tensor.dtype != dtype):
+            wanted = f"{list(shape)}" if dtype is None else f"{dtype} {list(shape)}"
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}: expected {wanted}")
+        if tensor.device != latents.w_dec.value.device:
+            raise ValueError(f"{name} is on {tensor.device}: expected {latents.w_dec.value.device}")
+
+
 def _check_pair(values: Tensor, indices: Tensor, offsets: Tensor | None) -> None:
     dim, layout = (2, "[N, K]") if offsets is None else (1, "[M]")
     if values.dim() != dim or values.shape != indices.shape:
@@ -162,7 +196,7 @@ def _check_float_on_one_device(**tensors: Tensor) -> None:
             raise ValueError(f"{name} is on {tensor.device}: expected {where.device}, where {first} is")
 
 
-def _check_indices(indices: Tensor, beside: Tensor, offsets: Tensor | None) -> None:
+def _check_indices(indices: Tensor, beside: Tensor, offsets: Tensor | None, d_sae: int) -> None:
     if indices.dtype != torch.int32:
         raise ValueError(f"indices is {indices.dtype}: expected torch.int32")
     for name, tensor in (("indices", indices), ("offsets", offsets)):
@@ -170,3 +204,18 @@ def _check_indices(indices: Tensor, beside: Tensor, offsets: Tensor | None) -> N
             raise ValueError(f"{name} is on {tensor.device}: expected {beside.device}")
     if offsets is not None and (offsets.dtype != torch.int64 or offsets.dim() != 1 or len(offsets) < 1):
         raise ValueError(f"offsets is {offsets.dtype} {tuple(offsets.shape)}: expected torch.int64 [N + 1]")
+    if indices.device.type == "cpu":
+        _check_contents(indices, offsets, d_sae)
+
+
+def _check_contents(indices: Tensor, offsets: Tensor | None, d_sae: int) -> None:
+    """Library calls on a CPU read and write memory out of range in silence; 11 us buy an error."""
+    if indices.numel():
+        least, most = (int(i) for i in indices.aminmax())
+        if least < 0 or most >= d_sae:
+            raise ValueError(f"indices run from {least} to {most}: expected 0 to {d_sae - 1}")
+    if offsets is not None:
+        first, last, slots = int(offsets[0]), int(offsets[-1]), len(indices)
+        if first != 0 or last != slots or bool((offsets.diff() < 0).any()):
+            order = "ascending" if bool((offsets.diff() >= 0).all()) else "not ascending"
+            raise ValueError(f"offsets run from {first} to {last}, {order}: expected 0 to {slots}, ascending")

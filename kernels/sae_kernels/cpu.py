@@ -6,16 +6,41 @@ The timings that led to each choice are in kernels/NOTES.md.
 """
 
 import warnings
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sae_kernels.chunked import encode_in_chunks, sparse_decode
+from sae_kernels import chunked
+from sae_kernels.chunked import (
+    compressed,
+    encode_in_chunks,
+    first_largest,
+    keep_top_k,
+    sparse_decode,
+    threshold_in_chunks,
+)
+from sae_kernels.chunked_step import latent_step_with, settle, sparse_grad_with
 from sae_kernels.contracts import accumulate_dtype
-from sae_kernels.slots import row_of_slot, slots_by_latent
+from sae_kernels.cpu_step import slots_by_latent, sums_by_latent
+from sae_kernels.latents import AdamStep, Counters, DeadGrads, Latents
+from sae_kernels.slots import row_of_slot
 
-__all__ = ["gather_dot", "segment_rows", "sparse_decode", "supports", "topk_encode"]
+__all__ = [
+    "batch_topk_encode",
+    "dead_encode",
+    "decode_residual",
+    "gather_dot",
+    "latent_step",
+    "segment_rows",
+    "settle",
+    "sparse_decode",
+    "sparse_grad",
+    "supports",
+    "threshold_encode",
+    "topk_encode",
+]
 
 # Measured with 2 threads (AVX-512, 36 MB L3) at N 2048, D 576, F 4608: the product takes 47 ms in
 # chunks of 1024 rows, 49 in 512, 57 in 256, 58 in 128, 82 in 64, 55 whole. 16 MiB of preactivations:
@@ -41,16 +66,31 @@ def supports(op: str, *tensors: Tensor) -> str | None:
 
 def topk_encode(x: Tensor, w: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
     acc = accumulate_dtype(x, w, b)
-    b = b.to(acc)
+    product = preactivations(x, w, b, acc)
+    return encode_in_chunks(x, k, acc, _chunk_rows(w), lambda part: top_k(product(part), k))
+
+
+def _chunk_rows(w: Tensor) -> int:
+    return max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // max(1, len(w)))
+
+
+def preactivations(x: Tensor, w: Tensor, b: Tensor, acc: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Rows of x -> their pre-activations in acc, in memory that the next call overwrites."""
     in_bf16 = NATIVE_BF16 and x.dtype == w.dtype == torch.bfloat16
-    if not in_bf16:  # operands that were rounded stay rounded: their product is exact in float32
-        x, w = x.to(acc), w.to(acc)
+    # Operands that were rounded stay rounded: their product is exact in float32.
+    w_t, b = (w if in_bf16 else w.to(acc)).t(), b.to(acc)
+    memory = torch.empty(0, dtype=acc)
 
-    def codes(part: Tensor) -> tuple[Tensor, Tensor]:
-        pre = F.linear(part, w).to(acc).add_(b) if in_bf16 else F.linear(part, w, b)
-        return top_k(pre, k)
+    def product(part: Tensor) -> Tensor:
+        nonlocal memory
+        if in_bf16:
+            return (part @ w_t).to(acc).add_(b)
+        if len(memory) < len(part):
+            memory = torch.empty(len(part), len(w), dtype=acc)
+        # addmm would write the bias to all of the output first, and read it again: 5 ms of 92 (1 thread).
+        return torch.mm(part.to(acc), w_t, out=memory[: len(part)]).add_(b)
 
-    return encode_in_chunks(x, k, acc, max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // len(w)), codes)
+    return product
 
 
 def top_k(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -62,18 +102,90 @@ def top_k(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if d_sae % BLOCK or d_sae < 2 * BLOCK * k:
         values, indices = pre.topk(k, dim=-1, sorted=False)
         return values, indices
-    num_blocks = d_sae // BLOCK
-    blocks = pre.view(n, BLOCK, num_blocks)  # block i holds latents i, i + num_blocks, i + 2 * num_blocks ...
-    best = blocks.amax(dim=1).topk(k, dim=-1, sorted=False).indices  # [N, k]
-    finalists = blocks.gather(2, best.unsqueeze(1).expand(n, BLOCK, k)).view(n, BLOCK * k)
-    values, place = finalists.topk(k, dim=-1, sorted=False)
-    return values, place.div(k, rounding_mode="floor") * num_blocks + best.gather(1, place % k)
+    num_blocks = d_sae // BLOCK  # block i holds latents i, i + num_blocks, i + 2 * num_blocks ...
+    best = pre.view(n, BLOCK, num_blocks).amax(dim=1).topk(k, dim=-1, sorted=False).indices  # [N, k]
+    members = best.unsqueeze(1) + num_blocks * torch.arange(BLOCK).unsqueeze(1)
+    members = members.view(n, BLOCK * k)
+    values, place = pre.gather(1, members).topk(k, dim=-1, sorted=False)
+    return values, members.gather(1, place)
+
+
+def batch_topk_encode(x: Tensor, w: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What is not above the N * k-th best so far is left out as soon as it has been computed."""
+    acc = accumulate_dtype(x, w, b)
+    product = preactivations(x, w, b, acc)
+    n, d_sae, budget = len(x), len(w), len(x) * k
+    values, places = torch.empty(0, dtype=acc), torch.empty(0, dtype=torch.int64)  # row * F + latent
+    least = torch.zeros((), dtype=acc)
+    step = _chunk_rows(w)
+    for start in range(0, n, step):
+        pre = product(x[start : start + step]).view(-1)
+        found = true_places((pre <= least).logical_not_())  # NaN is among them
+        values, places = torch.cat([values, pre[found]]), torch.cat([places, found + start * d_sae])
+        if len(values) > budget:
+            keep = first_largest(values, budget)
+            values, places = values[keep], places[keep]
+            least = values.nan_to_num(nan=torch.inf, posinf=torch.inf).amin()
+    if len(values) < budget:
+        values, places = _with_empty_slots(values, places, n, d_sae, budget)
+    return compressed(values, places, n, d_sae)
+
+
+def true_places(mask: Tensor) -> Tensor:
+    """mask.nonzero().squeeze(1) of a new, mostly false mask [M]: looks at eight places at once."""
+    if mask.numel() % 8:
+        return mask.nonzero().squeeze(1)
+    words = mask.view(torch.int64).nonzero().squeeze(1)
+    word, byte = mask.view(-1, 8)[words].nonzero(as_tuple=True)
+    return words[word] * 8 + byte
+
+
+def _with_empty_slots(
+    values: Tensor, places: Tensor, n: int, d_sae: int, count: int
+) -> tuple[Tensor, Tensor]:
+    """`count` slots: the empty ones at the first places that are free, as if zeros had competed."""
+    missing = count - len(places)
+    free = (d_sae - torch.bincount(places // d_sae, minlength=n)).cumsum(0)
+    end = (int(torch.searchsorted(free, missing)) + 1) * d_sae  # rows before it have `missing` free places
+    taken = torch.zeros(end, dtype=torch.bool)
+    taken[places[places < end]] = True
+    empty = taken.logical_not_().nonzero().squeeze(1)[:missing]
+    places, order = torch.cat([places, empty]).sort()
+    return torch.cat([values, values.new_zeros(missing)])[order], places
+
+
+def threshold_encode(x: Tensor, w: Tensor, b: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    acc = accumulate_dtype(x, w, b)
+    product = preactivations(x, w, b, acc)
+    return threshold_in_chunks(x, len(w), acc, _chunk_rows(w), product, threshold, true_places)
+
+
+def dead_encode(x: Tensor, w: Tensor, b: Tensor, k: int) -> Tensor:
+    product = preactivations(x, w, b, accumulate_dtype(x, w, b))
+    return keep_top_k(product(x).relu_(), k)
+
+
+def decode_residual(
+    values: Tensor,
+    indices: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    target: Tensor,
+    offsets: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    acc = accumulate_dtype(values, weight, bias, target)
+    weight = weight.to(acc)
+    out = sparse_decode(values, indices, weight, offsets).add_(bias.to(acc))
+    exact = torch.sub(target.to(acc), out, out=out)
+    residual = exact.to(target.dtype)
+    return residual, torch.linalg.vecdot(exact, exact), gather_dot(residual, indices, weight, offsets)
 
 
 def gather_dot(rows: Tensor, indices: Tensor, weight: Tensor, offsets: Tensor | None = None) -> Tensor:
-    _check_range(indices, len(weight))
     acc = accumulate_dtype(rows, weight)
     n = len(rows)
+    if indices.numel() > n * len(weight):  # more slots than places: sampled_addmm refuses such a pattern
+        return chunked.gather_dot(rows, indices, weight, offsets)
     if offsets is None:
         offsets = torch.arange(n + 1, dtype=torch.int32) * indices.shape[1]
     pattern = torch.sparse_csr_tensor(
@@ -90,10 +202,8 @@ def gather_dot(rows: Tensor, indices: Tensor, weight: Tensor, offsets: Tensor | 
 def segment_rows(
     values: Tensor, indices: Tensor, rows: Tensor, d_sae: int, offsets: Tensor | None = None
 ) -> Tensor:
-    _check_range(indices, d_sae)
     acc = accumulate_dtype(values, rows)
     order, starts = slots_by_latent(values, indices, d_sae)
-    order = order[: int(starts[-1])]  # without the empty slots
     return F.embedding_bag(
         row_of_slot(indices, offsets)[order],
         rows.to(acc).contiguous(),
@@ -104,9 +214,40 @@ def segment_rows(
     )
 
 
-def _check_range(indices: Tensor, d_sae: int) -> None:
-    """The library calls behind this would read or drop memory out of range in silence; 11 us buy an error."""
-    if indices.numel():
-        least, most = (int(i) for i in indices.aminmax())
-        if least < 0 or most >= d_sae:
-            raise ValueError(f"indices run from {least} to {most}: expected 0 to {d_sae - 1}")
+def sparse_grad(
+    x: Tensor,
+    g: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    w_dec: Tensor,
+    scale: float = 1.0,
+    dots: Tensor | None = None,
+    offsets: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if dots is None:
+        dots = gather_dot(g, indices, w_dec, offsets)
+    return sparse_grad_with(sums_by_latent, x, g, values, indices, len(w_dec), scale, dots, offsets)
+
+
+def latent_step(
+    x: Tensor,
+    residual: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    dots: Tensor,
+    latents: Latents,
+    adam: AdamStep,
+    scale: float,
+    centred: bool = True,
+    unit_norm: bool = True,
+    clip: float | None = None,
+    clip_norm: Tensor | None = None,
+    dead: DeadGrads | None = None,
+    counters: Counters | None = None,
+    offsets: Tensor | None = None,
+) -> Tensor:
+    return latent_step_with(
+        sums_by_latent,
+        *(x, residual, values, indices, dots, latents, adam, scale, centred, unit_norm),
+        *(clip, clip_norm, dead, counters, offsets),
+    )

@@ -2,7 +2,11 @@
 
 A backend is a module with a function for each op it implements, of the name and arguments of the
 public op but without autograd, and `supports(op, *tensors)`, which returns None or the reason why
-it cannot take these tensors. A new backend is that file and its line in `_BACKENDS`.
+it cannot take these tensors. A reason in `BY_NAME_ONLY`, if it has that, is why "auto" passes it by.
+A new backend is that file and its line in `_BACKENDS`.
+
+A backend that cannot be imported, or whose kernels turn out not to run here, is said once, as a
+warning, and then is one that cannot: "auto" takes the next, and asking for it by name is an error.
 """
 
 import importlib
@@ -49,10 +53,11 @@ class use_backend:
         global _requested
         if name != "auto" and name not in _BACKENDS:
             raise ValueError(f"backend is {name!r}: expected auto or one of {', '.join(_BACKENDS)}")
-        self._before, _requested = _requested, name
+        self._name, self._before, _requested = name, _requested, name
 
     def __enter__(self) -> None:
-        return None
+        global _requested
+        _requested = self._name  # again, where one object serves several blocks
 
     def __exit__(self, *error: object) -> None:
         global _requested
@@ -72,7 +77,7 @@ def select(op: str, name: str, *args: object) -> tuple[str, Callable]:
         return name, getattr(_module(name), op)
     refused: list[str] = []
     for candidate in _BACKENDS:
-        reason = _refusal(candidate, op, tensors)
+        reason = _refusal(candidate, op, tensors) or getattr(_module(candidate), "BY_NAME_ONLY", None)
         if reason is None:
             _log_once(op, candidate, refused)
             return candidate, getattr(_module(candidate), op)
@@ -89,8 +94,9 @@ def _refusal(name: str, op: str, tensors: list[Tensor]) -> str | None:
         return _not_importable[name]
     try:
         module = _module(name)
-    except ImportError as error:  # Triton is missing or broken; the others import torch alone
-        _not_importable[name] = f"it cannot be imported ({error})"
+    except (ImportError, AttributeError) as error:
+        # Triton is missing, broken, or of a version that lacks what is used. The others import torch alone.
+        _not_importable[name] = f"it cannot be imported ({type(error).__name__}: {error})"
         _log.warning("backend %s is not used: %s", name, _not_importable[name])
         return _not_importable[name]
     if not hasattr(module, op):

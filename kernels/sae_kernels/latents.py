@@ -11,6 +11,7 @@ Moments are float32, or bfloat16 rounded stochastically: their expectation is th
 moment, while rounding to nearest would never let a second moment decay by a factor of 0.999.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -84,6 +85,14 @@ class AdamStep:
     beta2: float = 0.999
     eps: float = 1e-8
 
+    def __post_init__(self) -> None:
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise ValueError(f"beta1 is {self.beta1} and beta2 {self.beta2}: expected numbers in [0, 1)")
+        if not (math.isfinite(self.lr) and self.eps >= 0):
+            raise ValueError(
+                f"lr is {self.lr} and eps {self.eps}: expected a finite number, and one of at least 0"
+            )
+
 
 @dataclass
 class Counters:
@@ -138,13 +147,15 @@ def join(value: Tensor, remainder: Tensor) -> Tensor:
     return (upper + remainder.int()).view(torch.float32)
 
 
-def noise(shape: torch.Size, step: Tensor, salt: int) -> Tensor:
+def noise(shape: torch.Size, step: Tensor, salt: int, start: int = 0) -> Tensor:
     """Integers in 0..2^16-1 for stochastic rounding: a hash of (element, step, salt), int32 of `shape`.
+
+    Elements are numbered in order from `start`, for a block of a larger tensor.
 
     The element number is hashed twice with the step between, by the finalizer of MurmurHash3 (Austin
     Appleby, public domain), in wrapping 32-bit arithmetic: a kernel gives the same bits.
     """
-    elements = torch.arange(shape.numel(), device=step.device).reshape(shape)
+    elements = torch.arange(start, start + shape.numel(), device=step.device).reshape(shape)
     key = (step.long() * 0x9E3779B1 + salt) & 0xFFFFFFFF
     return (_mix(_mix(elements & 0xFFFFFFFF) ^ key) >> 16).int()
 

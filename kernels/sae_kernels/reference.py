@@ -147,23 +147,23 @@ def latent_step(
     offsets: Tensor | None = None,
 ) -> Tensor:
     w_enc, w_dec = latents.w_enc.master(), latents.w_dec.master()
-    _, d_w_enc, d_w_dec, d_b_enc, d_b_dec = sparse_grad(
-        x, residual, values, indices, w_dec, scale, dots, offsets
-    )
+    _, *sums = sparse_grad(x, residual, values, indices, w_dec, scale, dots, offsets)
+    d_w_enc, d_w_dec, d_b_enc, d_b_dec = (s.float() for s in sums)
     if dead is not None:
-        d_w_enc.index_add_(0, dead.latents, dead.w_enc)
-        d_b_enc.index_add_(0, dead.latents, dead.b_enc)
-        d_w_dec.index_add_(0, dead.latents, dead.w_dec)
+        d_w_enc.index_add_(0, dead.latents, dead.w_enc.to(d_w_enc.dtype))
+        d_b_enc.index_add_(0, dead.latents, dead.b_enc.to(d_b_enc.dtype))
+        d_w_dec.index_add_(0, dead.latents, dead.w_dec.to(d_w_dec.dtype))
     if centred:  # x is centred on b_dec, which thus receives minus what the encoder's input would
         d_b_dec -= d_b_enc @ w_enc
     if unit_norm:
         d_w_dec -= (d_w_dec * w_dec).sum(dim=-1, keepdim=True) * w_dec
     grads = (d_w_enc, d_b_enc, d_w_dec, d_b_dec)
     norm = torch.stack([g.square().sum() for g in grads]).sum().sqrt()
-    keep = torch.isfinite(norm)
-    factor = torch.ones_like(norm)
+    keep, factor = torch.isfinite(norm), torch.ones_like(norm)
     if clip is not None:
-        factor = (clip / ((norm if clip_norm is None else clip_norm) + 1e-6)).clamp(max=1.0)
+        limited = norm if clip_norm is None else clip_norm
+        keep = keep & ~torch.isnan(limited)
+        factor = (clip / (limited + 1e-6)).clamp(max=1.0)
     latents.step += keep
     active = _active(values, indices, len(w_dec), dead) if latents.last_step is not None else None
     weights = (latents.w_enc, latents.b_enc, latents.w_dec, latents.b_dec)
@@ -218,8 +218,9 @@ def _adam(
         second = second * rows(adam.beta2 ** (step - latents.last_step - 1).clamp_min(0))
     first = adam.beta1 * weight.first.float() + (1 - adam.beta1) * grad
     second = adam.beta2 * second + (1 - adam.beta2) * grad.square()
-    scale = (1 - adam.beta2**step).sqrt()
-    new = master - adam.lr / (1 - adam.beta1**step) * first / (second.sqrt() / scale + adam.eps)
+    done = step.double()  # 1 - 0.999 has lost 15 of float32's 24 bits
+    rate, root = adam.lr / (1 - adam.beta1**done), (1 - adam.beta2**done).sqrt()
+    new = master - rate.float() * first / (second.sqrt() / root.float() + adam.eps)
     if renorm:
         new = new / new.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     weight.store(torch.where(mask, new, master))
