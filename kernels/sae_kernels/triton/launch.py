@@ -19,6 +19,27 @@ from torch import Tensor
 _log = logging.getLogger("sae_kernels")
 
 INTERPRETING: bool = triton.knobs.runtime.interpret
+BY_NAME_ONLY = "Triton interprets here, which is for tests" if INTERPRETING else None
+"""Why `auto` should pass Triton by although it would do."""
+
+
+def _let_loops_have_tensor_bounds() -> None:
+    """Triton 3.6 interprets a `range` with a computed bound in a way that NumPy 2.4 refuses; 3.7 does not.
+
+    https://github.com/triton-lang/triton/issues/9171"""
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patched
+
+
+if INTERPRETING:
+    from triton.runtime import interpreter  # it needs NumPy, which kernels do without
+
+    _let_loops_have_tensor_bounds()
 
 
 @dataclass(frozen=True)
@@ -50,9 +71,11 @@ class Case:
             "tensordesc<bf16[64,64]>"); pointers and i32 are taken as divisible by 16 unless named in `odd`.
         constants: constexpr name -> value.
         num_warps, num_stages: launch options.
-        tensor_cores: there must be matrix instructions.
-        max_registers: per thread.
+        tensor_cores: there must be matrix instructions (those of warp groups on sm_90).
+        max_registers: per thread, on NVIDIA.
+        odd: arguments that are not divisible by 16.
         archs: where it runs; all three by default.
+        vector_loads: there must be loads of 16 bytes per thread.
     """
 
     kernel: Any
@@ -64,6 +87,7 @@ class Case:
     max_registers: int = 255
     odd: tuple[str, ...] = ()
     archs: tuple[str, ...] = field(default=("sm_80", "sm_90", "gfx942"))
+    vector_loads: bool = False
 
 
 def refusal(*tensors: Tensor) -> str | None:
@@ -88,7 +112,8 @@ def broken() -> str | None:
             return None
         reason = f"a test kernel stored {float(out)} where it should store 42"
     except Exception as error:  # whatever a missing compiler, a read-only cache or an old driver raises
-        reason = f"a test kernel failed with {type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        reason = f"a test kernel failed with {type(error).__name__}: {first_line}"
     _log.warning("Triton is not used: %s", reason)
     return reason
 
@@ -96,3 +121,7 @@ def broken() -> str | None:
 @triton.jit
 def _probe(out):
     tl.store(out, 42.0)
+
+
+def cases(shape: Shape) -> list[Case]:
+    return [Case(_probe, types={"out": "*fp32"}, constants={}, num_warps=1)]

@@ -1,0 +1,354 @@
+"""The step on a GPU: from the residual to the next weights, while gradients stay in registers.
+
+One program per latent adds up its gradients (`lists`), removes what only stretches its row of w_dec,
+makes the Adam step in both of its rows and writes them, with their moments, in the formats that are kept.
+The row of w_dec is written as Adam leaves it, column block after column block, and read back (from L2) to
+be divided by its norm, since no program holds a whole row.
+
+The part of d_w_dec along w_dec is the sum of z * dz, by what `dots` are: it needs no pass of its own.
+b_enc and b_dec are vectors: their gradients are known before the weights change, and they follow after.
+
+A step with a gradient that is not finite must leave everything as it was, which has to be known before
+the first row is written. With `clip` and no `clip_norm` the norm itself comes first, in a pass of its own.
+Otherwise what goes into the gradients is looked at: residual (by its column sums), the rows of x that have
+codes, values, scale * dots, `dead`, and the sums of dz. That is the same but for finite numbers whose
+gradient, or its square, overflows float32 (beyond 1e19): such a step is made, and its norm is infinite.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sae_kernels.latents import AdamStep, Counters, DeadGrads, Latents, Weight
+from sae_kernels.triton.columns import add_partials, column_sums
+from sae_kernels.triton.formats import (
+    LOW,
+    PLAIN,
+    SPLIT,
+    bits_of,
+    format_of,
+    load_master,
+    load_moment,
+    store_master,
+    store_moment,
+    tensors_of,
+)
+from sae_kernels.triton.guard import FACTOR, KEEP, RATE, ROOT, STEP, check_rows, decide
+from sae_kernels.triton.launch import Case, Shape
+from sae_kernels.triton.lists import add_dead, list_slots, scan, sum_latent, sum_pieces
+from sae_kernels.triton.tiles import NUM_STAGES, PIECE, Tile, case, column_tile, row_tile
+
+VECTOR_BLOCK = 1024
+# Salts of the noise: the number of the parameter, as in the reference.
+SALT_B_ENC, SALT_B_DEC = 1, 3
+_SALT_W_ENC, _SALT_W_DEC = tl.constexpr(0), tl.constexpr(2)
+
+
+def latent_step(
+    x: Tensor,
+    residual: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    dots: Tensor,
+    latents: Latents,
+    adam: AdamStep,
+    scale: float,
+    centred: bool = True,
+    unit_norm: bool = True,
+    clip: float | None = None,
+    clip_norm: Tensor | None = None,
+    dead: DeadGrads | None = None,
+    counters: Counters | None = None,
+    offsets: Tensor | None = None,
+) -> Tensor:
+    with torch.cuda.device_of(x):
+        x, residual = x.contiguous(), residual.contiguous()
+        w_enc, w_dec = latents.w_enc, latents.w_dec
+        f, d = w_dec.value.shape
+        lists = list_slots(values, indices, len(x), f, offsets, dots, scale)
+        d_b_enc, along = scan(lists, counters)
+        added = None if dead is None else add_dead(dead, w_dec, lists, d_b_enc, along)
+        through_encoder = None
+        if centred:  # x is centred on b_dec, which thus receives minus what the encoder's input would
+            through_encoder = column_sums(bits_of(w_enc.value), d_b_enc, w_enc.remainder)
+        d_b_dec = add_partials(column_sums(residual), scale, through_encoder, lists.broken)
+        squares = torch.empty(f, dtype=torch.float32, device=x.device)
+        parts = sum_pieces(lists, residual, x)
+        sums = (residual, x, lists.rows, lists.z, lists.dz, lists.starts, lists.first_piece, *parts)
+        gradients = (*sums, *(added or (None, None, None)), along if unit_norm else None, float(scale))
+
+        norm = None
+        if clip is not None and clip_norm is None:
+            norm = _norm(_squares(f, d, w_dec, *gradients), d_b_enc, d_b_dec)
+        else:
+            check_rows(x, lists)
+        control = decide(latents, adam, clip, norm, clip_norm, lists.broken)
+        catch_up = None
+        if latents.last_step is not None:
+            catch_up = adam.beta2 ** (latents.step - latents.last_step - 1).clamp_min(0)
+        tile = row_tile(d)
+        stored = (*tensors_of(w_enc), *tensors_of(w_dec), squares)
+        _update[(f,)](
+            *(*gradients, control, catch_up, *_betas(adam), *stored, d),
+            ENC=format_of(w_enc),
+            DEC=format_of(w_dec),
+            PIECE=PIECE,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            num_warps=tile.warps,
+            num_stages=NUM_STAGES,
+        )
+        active = (lists.starts, None if added is None else added[0], catch_up, latents.last_step)
+        _update_vector(latents.b_enc, d_b_enc, control, adam, SALT_B_ENC, *active)
+        _update_vector(latents.b_dec, d_b_dec, control, adam, SALT_B_DEC, None, None, None, None)
+        if norm is None:
+            norm = torch.where(control[0] != 0, _norm(squares, d_b_enc, d_b_dec), torch.nan)
+        return norm
+
+
+def _squares(f: int, d: int, w_dec: Weight, *gradients: Any) -> Tensor:
+    """Sums of squares of parts of the latents' gradients."""
+    tile = column_tile(d)
+    squares = torch.empty(f, triton.cdiv(d, tile.columns), dtype=torch.float32, device=w_dec.value.device)
+    _square_gradients[squares.shape](
+        *(*gradients, *tensors_of(w_dec)[:2], squares, d),
+        DEC=format_of(w_dec),
+        PIECE=PIECE,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        num_warps=tile.warps,
+        num_stages=NUM_STAGES,
+    )
+    return squares
+
+
+def _norm(squares: Tensor, d_b_enc: Tensor, d_b_dec: Tensor) -> Tensor:
+    return torch.stack([squares.sum(), d_b_enc.square().sum(), d_b_dec.square().sum()]).sum().sqrt()
+
+
+def _betas(adam: AdamStep) -> tuple[float, float, float, float, float]:
+    return adam.beta1, 1 - adam.beta1, adam.beta2, 1 - adam.beta2, adam.eps
+
+
+def _update_vector(
+    weight: Weight,
+    grad: Tensor,
+    control: Tensor,
+    adam: AdamStep,
+    salt: int,
+    starts: Tensor | None,
+    lookup: Tensor | None,
+    catch_up: Tensor | None,
+    last_step: Tensor | None,
+) -> None:
+    """One step of a bias; with `catch_up` only of active latents, whose last step is then this one."""
+    if len(grad):
+        _update_bias[(triton.cdiv(len(grad), VECTOR_BLOCK),)](
+            *(
+                grad,
+                control,
+                starts,
+                lookup,
+                catch_up,
+                last_step,
+                *_betas(adam),
+                *tensors_of(weight),
+                len(grad),
+            ),
+            SALT=salt,
+            FORMAT=format_of(weight),
+            BLOCK=VECTOR_BLOCK,
+            num_warps=4,
+            num_stages=NUM_STAGES,
+        )
+
+
+@triton.jit
+def _gradients(
+    a, b, rows, z, dz, begin, end, piece, part_a, part_b, dead_row, dead_dec, dead_enc, scale, columns, d,
+    PIECE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """d_w_dec and d_w_enc of one latent, [COLUMNS] each."""
+    dec, enc = sum_latent(
+        a, b, rows, z, dz, begin, end, piece, part_a, part_b, columns, d, PIECE, ROWS, COLUMNS
+    )
+    dec *= scale
+    if dead_dec is not None:
+        mask = (columns < d) & (dead_row >= 0)
+        dec += tl.load(dead_dec + dead_row * d + columns, mask=mask, other=0).to(tl.float32)
+        enc += tl.load(dead_enc + dead_row * d + columns, mask=mask, other=0).to(tl.float32)
+    return dec, enc
+
+
+@triton.jit
+def _square_gradients(
+    a, b, rows, z, dz, starts, first_piece, part_a, part_b, lookup, dead_dec, dead_enc, along, scale,
+    dec_value, dec_extra, squares, d,
+    DEC: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The sum of squares of a latent's gradients in w_dec and w_enc."""
+    latent = tl.program_id(0).to(tl.int64)
+    begin, end = tl.load(starts + latent), tl.load(starts + latent + 1)
+    piece = tl.load(first_piece + latent)
+    dead_row = latent * 0 - 1
+    if lookup is not None:
+        dead_row = tl.load(lookup + latent).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([COLUMNS], tl.float32)
+    if (end > begin) | (dead_row >= 0):
+        dec, enc = _gradients(
+            a, b, rows, z, dz, begin, end, piece, part_a, part_b, dead_row, dead_dec, dead_enc, scale,
+            columns, d, PIECE, ROWS, COLUMNS,
+        )  # fmt: skip
+        if along is not None:
+            w_dec = load_master(dec_value, dec_extra, latent * d + columns, columns < d, DEC)
+            dec -= tl.load(along + latent) * w_dec
+        total += dec * dec + enc * enc
+    tl.store(squares + latent * tl.num_programs(1) + tl.program_id(1), tl.sum(total))
+
+
+@triton.jit
+def _adam(
+    old, grad, first, second, at, mask, control, catch_up, b1, rest1, b2, rest2, eps, salt: tl.constexpr
+):
+    """The moments' step, and the parameter's, which is returned."""
+    grad = grad * tl.load(control + FACTOR)
+    v = load_moment(second, at, mask)
+    if catch_up is None:
+        m = b1 * load_moment(first, at, mask) + rest1 * grad
+    else:  # lazy steps: beta1 is 0
+        m = grad
+        v = v * catch_up
+    v = b2 * v + rest2 * (grad * grad)
+    step = tl.load(control + STEP)
+    store_moment(first, m, at, mask, step, 2 * salt)
+    store_moment(second, v, at, mask, step, 2 * salt + 1)
+    return old - tl.load(control + RATE) * m / (tl.sqrt(v) / tl.load(control + ROOT) + eps)
+
+
+@triton.jit
+def _update(
+    a, b, rows, z, dz, starts, first_piece, part_a, part_b, lookup, dead_dec, dead_enc, along, scale,
+    control, catch_up, b1, rest1, b2, rest2, eps,
+    enc_value, enc_extra, enc_first, enc_second, dec_value, dec_extra, dec_first, dec_second, squares, d,
+    ENC: tl.constexpr, DEC: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One latent's rows: gradients, projection if `along`, Adam, unit norm if `along`."""
+    latent = tl.program_id(0).to(tl.int64)
+    begin, end = tl.load(starts + latent), tl.load(starts + latent + 1)
+    piece = tl.load(first_piece + latent)
+    dead_row = latent * 0 - 1
+    if lookup is not None:
+        dead_row = tl.load(lookup + latent).to(tl.int64)
+    working = tl.load(control + KEEP) != 0
+    late = None
+    if catch_up is not None:
+        working = working & ((end > begin) | (dead_row >= 0))
+        late = tl.load(catch_up + latent)
+    square, length = tl.zeros([COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)
+    if working:
+        for start in range(0, d, COLUMNS):
+            columns = start + tl.arange(0, COLUMNS)
+            mask = columns < d
+            at = latent * d + columns
+            dec, enc = _gradients(
+                a, b, rows, z, dz, begin, end, piece, part_a, part_b, dead_row, dead_dec, dead_enc, scale,
+                columns, d, PIECE, ROWS, COLUMNS,
+            )  # fmt: skip
+            old = load_master(enc_value, enc_extra, at, mask, ENC)
+            new = _adam(
+                old,
+                enc,
+                enc_first,
+                enc_second,
+                at,
+                mask,
+                control,
+                late,
+                b1,
+                rest1,
+                b2,
+                rest2,
+                eps,
+                _SALT_W_ENC,
+            )
+            store_master(enc_value, enc_extra, new, at, mask, ENC)
+            old = load_master(dec_value, dec_extra, at, mask, DEC)
+            if along is not None:
+                dec -= tl.load(along + latent) * old
+            square += dec * dec + enc * enc
+            new = _adam(
+                old,
+                dec,
+                dec_first,
+                dec_second,
+                at,
+                mask,
+                control,
+                late,
+                b1,
+                rest1,
+                b2,
+                rest2,
+                eps,
+                _SALT_W_DEC,
+            )
+            length += tl.where(mask, new * new, 0.0)
+            store_master(dec_value, dec_extra, new, at, mask, DEC)
+        if along is not None:
+            # The smallest normal float32, for a row of zeros.
+            norm = tl.maximum(tl.sqrt(tl.sum(length)), 1.1754943508222875e-38)
+            tl.debug_barrier()  # threads read back what others of their program have written
+            for start in range(0, d, COLUMNS):
+                columns = start + tl.arange(0, COLUMNS)
+                mask = columns < d
+                at = latent * d + columns
+                new = load_master(dec_value, dec_extra, at, mask, DEC) / norm
+                store_master(dec_value, dec_extra, new, at, mask, DEC)
+    tl.store(squares + latent, tl.sum(square))
+
+
+@triton.jit
+def _update_bias(
+    grad, control, starts, lookup, catch_up, last_step, b1, rest1, b2, rest2, eps,
+    value, extra, first, second, size, SALT: tl.constexpr, FORMAT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < tl.where(tl.load(control + KEEP) != 0, size, 0)
+    late = None
+    if catch_up is not None:
+        active = tl.load(starts + at, mask=mask, other=0) < tl.load(starts + at + 1, mask=mask, other=0)
+        if lookup is not None:
+            active = active | (tl.load(lookup + at, mask=mask, other=-1) >= 0)
+        mask = mask & active
+        late = tl.load(catch_up + at, mask=mask, other=1)
+        tl.store(last_step + at, tl.load(control + STEP).to(tl.int32), mask=mask)
+    old = load_master(value, extra, at, mask, FORMAT)
+    g = tl.load(grad + at, mask=mask, other=0)
+    new = _adam(old, g, first, second, at, mask, control, late, b1, rest1, b2, rest2, eps, SALT)
+    store_master(value, extra, new, at, mask, FORMAT)
+
+
+def cases(shape: Shape) -> list[Case]:
+    """The formats that ship: float32 with a bfloat16 copy, and split with bfloat16 moments, also lazy."""
+    tile, found = row_tile(shape.d), []
+    for form, value, moment in ((LOW, "*fp32", "*fp32"), (SPLIT, "*i16", "*i16")):
+        stored = {f"{of}_{part}": moment for of in ("enc", "dec") for part in ("first", "second")}
+        stored |= {f"{of}_value": value for of in ("enc", "dec")}
+        stored |= {f"{of}_extra": "*i16" for of in ("enc", "dec")}
+        formats = {"ENC": form, "DEC": form}
+        found += [
+            case(_square_gradients, column_tile(shape.d), formats, **stored),
+            case(_update, tile, formats, **stored, catch_up=None),
+        ]
+    found.append(case(_update, tile, formats, **stored))
+    bias, flat = {"FORMAT": PLAIN, "BLOCK": VECTOR_BLOCK}, Tile(1, 1, 4)
+    dense = {"starts": None, "lookup": None, "catch_up": None, "last_step": None}
+    return [
+        *found,
+        case(_update_bias, flat, bias | {"SALT": SALT_B_ENC}, extra=None),
+        case(_update_bias, flat, bias | {"SALT": SALT_B_DEC} | dense, extra=None),
+    ]
