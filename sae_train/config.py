@@ -28,6 +28,7 @@ from sae_train.log import LoggerConfig
 from sae_train.registry import discover, nearest
 from sae_train.sae.base import SAES, SAEConfig
 from sae_train.shards.source import SourceConfig
+from sae_train.train.kernels import KernelsConfig
 from sae_train.train.members import MemberConfig
 from sae_train.train.optim import OptimConfig
 from sae_train.train.resume import classify, flatten
@@ -78,6 +79,7 @@ class Config:
     sae: SAEConfig = MISSING
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)

@@ -7,9 +7,17 @@ Every logged term is one that was summed: nothing here is computed for show.
 from dataclasses import dataclass
 
 import torch
+from sae_kernels import dead_encode, sparse_decode, topk_encode
 from torch import Tensor
 
 from sae_train.codes import Codes
+
+MAX_DENSE_DEAD = 2**16
+"""Dead latents up to which AuxK uses dense products; k_aux is 512 or more at the widths where it matters."""
+MAX_DENSE_ELEMENTS = 2**29
+"""Elements of the largest [N, F_dead] tensor: 2 GiB of float32, of which three live in a backward pass."""
+MAX_SPARSE_K = 512
+"""Dead latents per row beyond those bounds; the k_aux of Gao et al. 2024."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,34 +67,46 @@ def fvu(y: Tensor, y_hat: Tensor) -> Tensor:
     return ((y - y_hat).square().sum() / total.clamp_min(limits.tiny)).clamp_max(limits.max)
 
 
-def auxk(residual: Tensor, pre_dead: Tensor, w_dec_dead: Tensor, k_aux: int) -> Tensor:
+def auxk(residual: Tensor, explained: Tensor) -> Tensor:
     """How badly the dead latents alone explain what the live ones missed.
 
-    The k_aux largest pre-activations of dead latents reconstruct the residual; the squared error is
-    divided by the residual's variance, so the term stays of order 1 while the main loss falls. The
-    residual is a constant here; gradients reach encoder and decoder of dead latents and nothing else.
+    The squared error is divided by the residual's variance, so the term stays of order 1 while the main
+    loss falls. The residual is a constant here; gradients reach what explains it and nothing else.
 
     Args:
-        residual: [N, D] target minus reconstruction.
-        pre_dead: [N, F_dead] pre-activations of the dead latents only.
-        w_dec_dead: [F_dead, D] their decoder rows.
-        k_aux: dead latents used per row; all of them when F_dead is smaller.
+        residual: [N, D] target minus reconstruction, any float dtype.
+        explained: [N, D] what dead latents make of it (`dead_reconstruction`).
 
     Returns:
-        Scalar float32; 0 when there is no dead latent or the residual has no variance.
+        Scalar float32; 0 when the residual has no variance.
 
     Source: AuxK of Gao et al. 2024 (arXiv:2406.04093), appendix A.2.
     """
-    num_dead = pre_dead.shape[-1]  # everything below is [N, F_dead] or [N, D]: it grows with the dead alone
-    if num_dead == 0:
-        return residual.new_zeros(())
-    residual = residual.detach()
-    acts = torch.relu(pre_dead)
-    if num_dead > k_aux:
-        smallest_kept = acts.detach().topk(k_aux, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
-        acts = acts * (acts.detach() >= smallest_kept)
-    error = (residual - acts @ w_dec_dead).square().sum()
+    residual = residual.detach().float()
+    error = (residual - explained).square().sum()
     variance = (residual - residual.mean(dim=0)).square().sum()
     # Equal residuals (one row, a constant batch) have only rounding for variance: they teach nothing here.
     has_variance = variance > 1e-6 * residual.square().sum()
     return error / torch.where(has_variance, variance, torch.inf)
+
+
+def dead_reconstruction(x: Tensor, w_enc: Tensor, b_enc: Tensor, w_dec: Tensor, k_aux: int) -> Tensor:
+    """What the k_aux most active of the dead latents add up to in each row.
+
+    Dense products over the dead latents are faster than gathers until about 140 * k_aux latents are dead,
+    but make [N, F_dead] tensors. So that these stay bounded, sparse codes take over where more than
+    MAX_DENSE_DEAD latents are dead or the tensor would pass MAX_DENSE_ELEMENTS; they use at most
+    MAX_SPARSE_K latents per row, since their cost grows with k_aux.
+
+    Args:
+        x: [N, D] what the encoder reads.
+        w_enc, w_dec: [F_dead, D] rows of the dead latents. b_enc: [F_dead].
+        k_aux: dead latents used per row; all of them when F_dead is smaller.
+
+    Returns:
+        [N, D], differentiable in everything.
+    """
+    num_dead = len(w_enc)
+    if num_dead <= MAX_DENSE_DEAD and len(x) * num_dead <= MAX_DENSE_ELEMENTS:
+        return dead_encode(x, w_enc, b_enc, k_aux) @ w_dec
+    return sparse_decode(*topk_encode(x, w_enc, b_enc, min(k_aux, MAX_SPARSE_K, num_dead)), w_dec)

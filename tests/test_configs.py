@@ -14,7 +14,9 @@ def test_every_preset_composes_into_checked_dataclasses(name):
     assert members(to_config(composed), composed)
 
 
-@pytest.mark.parametrize("group", ["model", "corpus", "source", "sae", "sae/activation", "optim", "logger"])
+@pytest.mark.parametrize(
+    "group", ["model", "corpus", "source", "sae", "sae/activation", "optim", "kernels", "logger"]
+)
 def test_every_option_of_a_group_composes(group):
     for option in options(group):
         to_config(compose("train", [f"{group}={option}", "model.name=any", *GIVEN]))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from sae_kernels import use_backend
 
 from sae_train.checkpoint import Checkpointer
 from sae_train.cli.compose import run_composed
@@ -24,12 +25,12 @@ from sae_train.files import write_bytes
 from sae_train.log import MetricLog, setup_logging
 from sae_train.sae.base import SAES
 from sae_train.train.clock import Clock
+from sae_train.train.kernels import choose_stepper
 from sae_train.train.members import Member, MemberConfig
 from sae_train.train.progress import Progress
 from sae_train.train.record import RunRecord, versions
 from sae_train.train.resume import check_fingerprint, check_resume
 from sae_train.train.state import TrainState
-from sae_train.train.stepper import AutogradStepper
 from sae_train.train.trainer import Trainer
 
 INIT_ROWS = 32_768
@@ -82,7 +83,8 @@ def _run(config: Config, wanted: list[MemberConfig], folder: Path, command: str)
         record = RunRecord(
             "running", tree, fingerprint, chosen, config.train.steps, command=command, versions=versions()
         )
-        return _train(config, folder, record, wired, wanted, clock, device, checkpointer, loaded)
+        with use_backend(config.kernels.backend):
+            return _train(config, folder, record, wired, wanted, clock, device, checkpointer, loaded)
     finally:
         wired.source.close()
 
@@ -114,6 +116,8 @@ def _train(
         Member(m, wired.source.dims[m.hook], steps, config.train.tokens, config.train.ema, device)
         for m in wanted
     ]
+    autocast = torch.bfloat16 if record.chosen["autocast"] == "bfloat16" else None
+    stepper = choose_stepper(config.kernels, built, config.train.accumulate, autocast)
     state = TrainState(built, wired.source)
     if loaded is not None:
         with clock.phase("loading"):
@@ -144,9 +148,7 @@ def _train(
                     member.initialise(rows)
         splice = timed(wired.splice, clock)
         trainer = Trainer(
-            stepper=AutogradStepper(
-                config.train.accumulate, torch.bfloat16 if record.chosen["autocast"] == "bfloat16" else None
-            ),
+            stepper=stepper,
             clock=clock,
             log=log,
             progress=progress,

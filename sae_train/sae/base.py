@@ -11,6 +11,7 @@ mean distance from `b_dec` is sqrt(D), which makes one learning rate serve every
 import copy
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -74,6 +75,34 @@ class SAEConfig:
         return latents
 
 
+@dataclass(frozen=True)
+class LinearLatents:
+    """An SAE whose whole training step has a closed form, described for whoever computes it.
+
+        z = the k largest of relu(x w_enc^T + b_enc) in each row      s y_hat = z w_dec + b_dec
+
+    with x the scaled rows, less b_dec if `centred`. Its loss is that of `losses`: the mean over rows and
+    width of (s y - s y_hat)^2 plus, while latents are dead, `dead_loss`. These are all its parameters.
+
+    Attributes:
+        w_enc, w_dec: [F, D]. b_enc: [F]. b_dec: [D].
+        k: slots per row.
+        centred: the encoder reads s x - b_dec.
+        unit_norm: rows of w_dec are unit vectors; before_step and after_step do what that takes, no more.
+        dead_loss: (residual [N, D], x [N, D], then the dead latents' rows of w_enc, b_enc and w_dec) ->
+            weighted scalar; None if there is no such term.
+    """
+
+    w_enc: nn.Parameter
+    b_enc: nn.Parameter
+    w_dec: nn.Parameter
+    b_dec: nn.Parameter
+    k: int
+    centred: bool
+    unit_norm: bool
+    dead_loss: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None
+
+
 class SAE(nn.Module, ABC):
     """Base class of every architecture.
 
@@ -116,6 +145,10 @@ class SAE(nn.Module, ABC):
     @abstractmethod
     def initialise(self, rows: Tensor, generator: torch.Generator) -> None:
         """Set the weights from rows [R, D] of real activations and a seeded CPU generator."""
+
+    def latents(self) -> LinearLatents | None:
+        """This SAE in the form that a fused step computes, or None if it has no such form."""
+        return None
 
     def before_step(self) -> None:
         """Called when the gradients are complete and before they are clipped and used."""

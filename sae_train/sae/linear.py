@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sae_train.activations.topk import TopK
 from sae_train.batch import Batch
 from sae_train.codes import Codes
-from sae_train.losses import Losses, auxk
-from sae_train.sae.base import SAE, SAES, SAEConfig
+from sae_train.losses import Losses, auxk, dead_reconstruction
+from sae_train.sae.base import SAE, SAES, LinearLatents, SAEConfig
 from sae_train.sae.init import geometric_median, unit_rows
 
 
@@ -51,17 +52,36 @@ class LinearSAE(SAE):
         return functional.linear(self._scaled(x) - self.b_dec, self.w_enc[features], self.b_enc[features])
 
     def losses(self, batch: Batch, dead: Tensor) -> Losses:
-        codes = self.encode(batch.x)
+        x = self._scaled(batch.x) - self.b_dec
+        codes = self.activation.encode(x, self.w_enc, self.b_enc)
         scaled_y_hat = codes.decode(self.w_dec) + self.b_dec
         residual = self._scaled(batch.y) - scaled_y_hat
         # In scaled units a row's mean squared distance from b_dec is about D, so this is close to the FVU.
         terms = {"mse": residual.square().sum(dim=-1).mean() / self.d_in}
         terms |= self.activation.penalty(codes, self.w_dec.norm(dim=-1))
         if self.config.auxk_coefficient > 0 and len(dead) > 0:
-            k_aux = self.config.k_aux or max(self.d_in // 2, 1)
-            aux = auxk(residual, self.preactivations(batch.x, dead), self.w_dec[dead], k_aux)
-            terms["auxk"] = self.config.auxk_coefficient * aux
+            rows = (self.w_enc[dead], self.b_enc[dead], self.w_dec[dead])
+            terms["auxk"] = self._dead_loss(residual, x, *rows)
         return Losses(terms, codes, scaled_y_hat / self.input_scale)
+
+    def _dead_loss(self, residual: Tensor, x: Tensor, w_enc: Tensor, b_enc: Tensor, w_dec: Tensor) -> Tensor:
+        k_aux = self.config.k_aux or max(self.d_in // 2, 1)
+        explained = dead_reconstruction(x, w_enc, b_enc, w_dec, k_aux)
+        return self.config.auxk_coefficient * auxk(residual, explained)
+
+    def latents(self) -> LinearLatents | None:
+        if type(self) is not LinearSAE or type(self.activation) is not TopK:
+            return None  # a subclass may compute something else: it says itself what
+        return LinearLatents(
+            w_enc=self.w_enc,
+            b_enc=self.b_enc,
+            w_dec=self.w_dec,
+            b_dec=self.b_dec,
+            k=self.activation.config.k,
+            centred=True,
+            unit_norm=True,
+            dead_loss=self._dead_loss if self.config.auxk_coefficient > 0 else None,
+        )
 
     @torch.no_grad()
     def initialise(self, rows: Tensor, generator: torch.Generator) -> None:

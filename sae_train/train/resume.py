@@ -25,7 +25,7 @@ ALLOWED = (
     "corpus.epochs",
     "source.epochs",
 )
-WARNED = ("run.threads", "model.device", "model.attn_implementation")
+WARNED = ("run.threads", "model.device", "model.attn_implementation", "kernels")
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

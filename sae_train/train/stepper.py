@@ -1,4 +1,4 @@
-"""One training step of one member. A step is a strategy; this one works for everything: it is the truth."""
+"""One training step of one member. A step is a strategy; the one here works for all and is the truth."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -55,6 +55,7 @@ class AutogradStepper:
         parameters = [p for p in sae.parameters() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip is not None else torch.inf)
         self._skip_when_not_finite(member, norm)
+        count_skipped(member, norm)
         optimizer.step()
         sae.after_step()
         member.schedule.step()
@@ -69,8 +70,12 @@ class AutogradStepper:
         `found_inf` is the device-side switch that GradScaler uses; reading it on the host, which
         would stall the device at every step, is never needed.
         """
-        bad = ~torch.isfinite(norm)
-        member.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        member.optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
         member.optimizer.grad_scale = None  # type: ignore[attr-defined]
-        member.skipped += bad
-        member.skipped_in_a_row = (member.skipped_in_a_row + 1) * bad
+
+
+def count_skipped(member: Member, norm: Tensor) -> None:
+    """Count a step whose gradient norm (0-dim) was not finite, without waiting for the device."""
+    bad = ~torch.isfinite(norm)
+    member.skipped += bad
+    member.skipped_in_a_row = (member.skipped_in_a_row + 1) * bad

@@ -243,6 +243,8 @@ def test_registry_refuses_doubles_and_suggests_names():
         ("source.prefetch", "allowed"),
         ("run.threads", "warned"),
         ("model.device", "warned"),
+        ("kernels.backend", "warned"),
+        ("kernels.stepper", "warned"),
         ("optim.lr", "refused"),
         ("sae.activation.k", "refused"),
         ("sae.d_sae", "refused"),

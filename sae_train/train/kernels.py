@@ -1,0 +1,83 @@
+"""How a run computes: which kernels, and whether its steps are fused or go through autograd."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from sae_kernels import available_backends
+from sae_kernels.dispatch import select
+from torch import Tensor
+
+from sae_train.errors import InputError
+from sae_train.registry import nearest
+from sae_train.train.fused import FusedStepper, cannot_fuse
+from sae_train.train.members import Member
+from sae_train.train.stepper import AutogradStepper, Stepper
+
+logger = logging.getLogger("sae_train.train")
+
+
+@dataclass
+class KernelsConfig:
+    """What computes a step. Either choice may move the last bits of a run, nothing else."""
+
+    backend: str = "auto"
+    """auto takes for each op the first backend that can: cpu, triton, torch, reference. A name forces one."""
+    stepper: str = "auto"
+    """fused computes a step in a few sparse ops, autograd as the loss says; auto fuses where that works."""
+
+    def __post_init__(self) -> None:
+        known = ["auto", *available_backends()]
+        if self.backend not in known:
+            raise InputError("kernels.backend", self.backend, nearest(str(self.backend), known))
+        if self.stepper not in ("auto", "autograd", "fused"):
+            raise InputError("kernels.stepper", self.stepper, "auto, autograd or fused")
+
+
+OPS = ("topk_encode", "sparse_decode", "gather_dot", "segment_rows", "dead_encode")
+"""What every run may call; a backend asked for by name has to have them all."""
+FUSED_OPS = ("decode_residual", "latent_step")
+
+
+def choose_stepper(
+    config: KernelsConfig, members: Sequence[Member], accumulate: int, autocast: torch.dtype | None
+) -> Stepper:
+    """The stepper of a run, all of its members together; says in the log which one it is and why.
+
+    Args:
+        config: what was asked for.
+        members: every member of the run, on the device that trains.
+        accumulate: micro-batches per step.
+        autocast: dtype of matrix products, or None for float32.
+
+    Raises:
+        InputError: the backend cannot run here, or fused is asked for by name and cannot be had.
+    """
+    on_device = members[0].sae.input_scale
+    missing = _cannot_run(config.backend, OPS, on_device)
+    if missing is not None:
+        raise InputError("kernels.backend", config.backend, f"auto, or one that runs here: {missing}")
+    reasons = [why for member in members if (why := cannot_fuse(member, accumulate)) is not None]
+    if (missing := _cannot_run(config.backend, FUSED_OPS, on_device)) is not None:
+        reasons.append(missing)
+    if config.stepper == "fused" and reasons:
+        raise InputError("kernels.stepper", config.stepper, f"auto or autograd: {reasons[0]}")
+    if config.stepper == "autograd" or reasons:
+        why = "kernels.stepper=autograd" if config.stepper == "autograd" else reasons[0]
+        logger.info("steps go through autograd: %s", why)
+        return AutogradStepper(accumulate, autocast)
+    asked = config.stepper == "fused"
+    why = "kernels.stepper=fused" if asked else "every SAE is linear with top-k codes, under plain Adam"
+    logger.info("steps are fused: %s", why)
+    return FusedStepper(autocast)
+
+
+def _cannot_run(backend: str, ops: Sequence[str], tensor: Tensor) -> str | None:
+    """None, or why a backend asked for by name cannot run one of the ops where the tensor is."""
+    for op in ops if backend != "auto" else ():
+        try:
+            select(op, backend, tensor)
+        except ValueError as error:
+            return str(error)
+    return None
