@@ -5,6 +5,8 @@
 An op is timed only after its result has agreed with the dense one. The two are run in turns, and the
 least of the repeats is shown: wall time, which other processes lengthen, and CPU time over all
 threads, which they barely do at --threads 1. Dense: topk, scatter to [N, F], matrix products, autograd.
+A whole step is forward, backward, projection, clipping, fused Adam and unit rows, either by autograd and
+torch's clipping over the ops, or as topk_encode, decode_residual and latent_step, which also counts.
 """
 
 import argparse
@@ -12,7 +14,19 @@ import time
 from collections.abc import Callable
 
 import torch
-from sae_kernels import gather_dot, segment_rows, sparse_decode, topk_encode
+from sae_kernels import (
+    AdamStep,
+    Counters,
+    Latents,
+    Weight,
+    decode_residual,
+    gather_dot,
+    latent_step,
+    segment_rows,
+    sparse_decode,
+    sparse_grad,
+    topk_encode,
+)
 from torch import Tensor
 from torch.nn import functional
 
@@ -50,6 +64,10 @@ def make_ops(n: int, d: int, f: int, k: int) -> dict[str, tuple[Op, Op]]:
         x_hat = dense_codes() @ w_dec
         return list(torch.autograd.grad((x_hat.float() - x).square().mean(), params))
 
+    def dense_residual() -> list[Tensor]:
+        residual = x - codes @ w_dec
+        return [residual, residual.square().sum(dim=1), (residual @ w_dec.T).gather(1, indices.long())]
+
     return {
         "topk_encode": (
             ours_encode,
@@ -61,7 +79,70 @@ def make_ops(n: int, d: int, f: int, k: int) -> dict[str, tuple[Op, Op]]:
             lambda: [(e @ w_dec.T).gather(1, indices.long())],
         ),
         "segment_rows (d weight)": (lambda: [segment_rows(values, indices, e, f)], lambda: [codes.T @ e]),
+        "decode_residual": (
+            lambda: list(decode_residual(values, indices, w_dec, x.new_zeros(d), x)),
+            dense_residual,
+        ),
+        "sparse_grad": (
+            lambda: list(sparse_grad(x, e, values, indices, w_dec)[1:3]),
+            lambda: [((e @ w_dec.T) * (codes != 0)).T @ x, codes.T @ e],
+        ),
         "forward and backward": (ours_step, dense_step),
+    }
+
+
+def make_steps(n: int, d: int, f: int, k: int) -> dict[str, tuple[Op, Op]]:
+    """Whole steps, each on parameters of its own; what must agree: gradient norm and first moments."""
+    draw = torch.Generator().manual_seed(0)
+    y = torch.randn(n, d, generator=draw)
+    unit = functional.normalize(torch.randn(f, d, generator=draw))
+
+    def autograd_step(encode: Callable[..., Tensor]) -> Op:
+        w_enc, b_enc, w_dec, b_dec = params = [
+            t.clone() for t in (unit, torch.zeros(f), unit, torch.zeros(d))
+        ]
+        adam = torch.optim.Adam([p.requires_grad_() for p in params], lr=1e-4, fused=True)
+
+        def step() -> list[Tensor]:
+            adam.zero_grad()
+            x_hat = encode(y - b_dec, w_enc, b_enc, w_dec) + b_dec
+            (x_hat.float() - y).square().mean().backward()
+            with torch.no_grad():
+                w_dec.grad.addcmul_((w_dec.grad * w_dec).sum(dim=1, keepdim=True), w_dec, value=-1)
+            norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
+            adam.step()
+            with torch.no_grad():
+                w_dec.div_(w_dec.norm(dim=1, keepdim=True))
+            return [norm, *(adam.state[w]["exp_avg"] for w in (w_enc, w_dec))]
+
+        return step
+
+    def with_ops(x: Tensor, w_enc: Tensor, b_enc: Tensor, w_dec: Tensor) -> Tensor:
+        return sparse_decode(*topk_encode(x, w_enc, b_enc, k), w_dec)
+
+    def dense(x: Tensor, w_enc: Tensor, b_enc: Tensor, w_dec: Tensor) -> Tensor:
+        top = functional.linear(x, w_enc, b_enc).relu().topk(k, dim=-1, sorted=False)
+        return torch.zeros(n, f, dtype=top.values.dtype).scatter(1, top.indices, top.values) @ w_dec
+
+    def weight(master: Tensor) -> Weight:
+        return Weight(master.clone(), torch.zeros_like(master), torch.zeros_like(master))
+
+    latents = Latents(*(weight(t) for t in (unit, torch.zeros(f), unit, torch.zeros(d))), torch.zeros(()))
+    zeros = torch.zeros(f, dtype=torch.int64)
+    counters = Counters(zeros, zeros.clone(), torch.zeros(f), zeros.clone(), tokens=0)
+
+    def fused_step() -> list[Tensor]:
+        x = y - latents.b_dec.value
+        codes = topk_encode(x, latents.w_enc.value, latents.b_enc.value, k)
+        residual, _, dots = decode_residual(*codes, latents.w_dec.value, latents.b_dec.value, y)
+        counters.tokens += n
+        adam, scale = AdamStep(lr=1e-4), -2 / (n * d)
+        norm = latent_step(x, residual, *codes, dots, latents, adam, scale, clip=1.0, counters=counters)
+        return [norm, latents.w_enc.first, latents.w_dec.first]
+
+    return {
+        "whole step by autograd": (autograd_step(with_ops), autograd_step(dense)),
+        "whole step, latent_step": (fused_step, autograd_step(dense)),
     }
 
 
@@ -85,7 +166,7 @@ def allowed(name: str, dtype: str, n: int, d: int) -> float:
     of the codes swap at the k-th place, which moves a gradient by sqrt(2 s): 0.25 stands for 3 %."""
     if dtype == "fp32":
         return 4 * max(n, d) * EPS
-    return 0.25 if name == "forward and backward" else 4 * BF16_EPS
+    return 0.25 if name == "forward and backward" or name.startswith("whole") else 4 * BF16_EPS
 
 
 def main() -> None:
@@ -99,7 +180,8 @@ def main() -> None:
     print(f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}")
     print(f"{'':24}{'dtype':>6}{'dense wall':>12}{'cpu':>8}{'ours wall':>12}{'cpu':>8}{'disagreement':>14}")
     for dtype in ("fp32", "bf16"):
-        for name, (ours, dense) in make_ops(a.rows, a.width, a.latents, a.k).items():
+        sizes = (a.rows, a.width, a.latents, a.k)
+        for name, (ours, dense) in (make_ops(*sizes) | make_steps(*sizes)).items():
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
                 off, limit = disagreement(ours(), dense()), allowed(name, dtype, a.rows, a.width)
                 if not off <= limit:
