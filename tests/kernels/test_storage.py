@@ -317,3 +317,17 @@ def test_rows_without_slots_are_decoded_as_zeros(backend):
     values = torch.zeros(3, 0)
     with use_backend(backend):
         assert torch.equal(sparse_decode(values, values.int(), torch.ones(6, 4)), torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"lr": 1e-3, "beta1": 1.0}, "beta1 is 1.0"),
+        ({"lr": 1e-3, "beta2": -0.1}, "beta2 -0.1"),
+        ({"lr": 1e-3, "eps": -1e-8}, "eps -1e-08"),
+    ],
+)
+def test_hyperparameters_that_would_spoil_every_weight_are_refused(options, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        AdamStep(**options)
