@@ -153,14 +153,22 @@ class StepCheck:
         weight, rows = getattr(latents, name), slice(None) if name == "b_dec" else self.picked
         return self._master(weight, rows), weight.first[rows].double(), weight.second[rows].double()
 
-    def compare(self, latents: Latents, adam: AdamStep, clip: float | None, norm: Tensor) -> dict[str, float]:
+    def compare(
+        self,
+        latents: Latents,
+        adam: AdamStep,
+        clip: float | None,
+        norm: Tensor,
+        clip_norm: float | None = None,
+    ) -> dict[str, float]:
         """Relative root mean square errors of the updates, moments and norm, after `latent_step`."""
         p = self.p
         busiest = int(self.counts.max())
         terms = max(busiest, p.d)
         found = {"norm": abs(float(norm) / self.norm - 1)}
         _refuse("latent_step: gradient norm", found["norm"], 16 * terms * EPS + self.leftover)
-        factor = 1.0 if clip is None else min(1.0, clip / (self.norm + 1e-6))
+        limited = self.norm if clip_norm is None else clip_norm
+        factor = 1.0 if clip is None else min(1.0, clip / (limited + 1e-6))
         step = self.step + 1
         for name, grad in (
             ("w_enc", self.d_enc),

@@ -35,7 +35,7 @@ class OurStep:
         self.p, self.fmt, self.clip, self.batches = p, fmt, clip, batches
         self.latents, self.counters, self.adam = latents, counters, adam_step(fmt)
         self.scale = -2.0 / (p.n * p.d)
-        self.norm = torch.full((), CLIP, device=batches[0].device)
+        self.norm = torch.full((), 2 * CLIP, device=batches[0].device)  # "lag1" clips by half at first
 
     def encode(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
         """The centred rows and their codes."""
@@ -89,10 +89,10 @@ def check(p: Problem, fmt: str, clip: str, batches: list[Tensor], latents: Laten
         w_dec, b_dec = latents.w_dec.product(), latents.b_dec.value
         found["decode_residual"] = check_decode(p, (values, indices), w_dec, b_dec, batches[0], out)
         want = StepCheck(p, x, out[0], values, indices, out[2], latents, step.scale)
+        before = float(step.norm) if clip == "lag1" else None
         norm = step.update(x, values, indices, out[0], out[2])
         clip_at = None if clip == "none" else CLIP
-        if clip != "lag1":
-            found["latent_step"] = want.compare(latents, step.adam, clip_at, norm)
+        found["latent_step"] = want.compare(latents, step.adam, clip_at, norm, before)
         if not torch.equal(step.counters.counts, want.counts):
             raise Wrong("latent_step: counters differ from the codes")
     return found

@@ -1,4 +1,5 @@
-"""The same step by others on a GPU: dense torch, eager and compiled, and the libraries that are installed.
+"""The same step by others on a GPU: dense torch, eager and compiled, the libraries that are installed, and
+our own trainer, whose step is more than the ops that `gpu_ours` times.
 
 Each starts from the same weights, sees the same rows and uses Adam with the same hyperparameters. Every
 builder takes the problem, the weights [F, D] and the device and returns a step on rows [N, D].
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from gpu_problem import Problem, dictionary, make_batches
 from gpu_timing import Clock
+from gpu_trainer import TRAINERS
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -147,6 +149,7 @@ def saelens(p: Problem, w: Tensor, device: str) -> Step:
 
 
 PEERS: dict[str, tuple[Callable[[Problem, Tensor, str], Step], str]] = {  # name -> builder, package it needs
+    **{name: (build, "sae_train") for name, build in TRAINERS.items()},
     "dense": (dense, "torch"),
     "compiled": (compiled, "torch"),
     "sparsify": (sparsify, "sparsify"),
@@ -163,9 +166,8 @@ def missing(name: str) -> str | None:
 
 def run(p: Problem, name: str, clock: Clock) -> dict[str, Any]:
     w = dictionary(p, clock.device)
-    batches = [
-        x.float() for x in make_batches(p, w)
-    ]  # as they are trained: rows in float32, products in bf16
+    # As they are trained: rows in float32, products in bfloat16. (`gpu_ours` is given bfloat16 rows.)
+    batches = [x.float() for x in make_batches(p, w)]
     step = PEERS[name][0](p, w, clock.device)
     first = step(batches[0])
     if clock.device == "cuda":

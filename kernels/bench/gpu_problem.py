@@ -53,6 +53,7 @@ PROBLEMS = {
         Problem("C", 8192, 4096, 131072, 64),
         Problem("D", 4096, 4096, 1048576, 64),
         Problem("S", 8192, 2304, 16384, 32),
+        *(Problem(f"S-k{k}", 8192, 2304, 16384, k) for k in (16, 64, 128, 192)),
         Problem("tiny", 5, 20, 30, 3),  # for the interpreter
     )
 }

@@ -101,9 +101,20 @@ def test_the_check_accepts_the_reference_in_every_format(bench, fmt):
     problem = bench["gpu_problem"]
     p = problem.PROBLEMS["tiny"]
     batches = problem.make_batches(p, problem.dictionary(p, "cpu"))
-    with use_backend("reference"):
-        errors = bench["gpu_ours"].check(p, fmt, "exact", batches, problem.make_latents(p, fmt, "cpu", True))
-    assert errors["latent_step"]["norm"] < 1e-5
+    for clip in ("exact", "lag1", "none"):
+        with use_backend("reference"):
+            latents = problem.make_latents(p, fmt, "cpu", True)
+            errors = bench["gpu_ours"].check(p, fmt, clip, batches, latents)
+        assert errors["latent_step"]["norm"] < 1e-5
+
+
+@without_gpu
+@pytest.mark.parametrize("name", ["trainer", "trainer_dead_10"])
+def test_the_step_of_the_trainer_is_timed_too(bench, name):
+    clock = importlib.import_module("gpu_timing").Clock("cpu", warmup=0, repeats=1)
+    found = importlib.import_module("gpu_peers").run(bench["gpu_problem"].PROBLEMS["tiny"], name, clock)
+    assert found["ms"]["median"] > 0
+    assert 0 < found["loss"][0] < 10
 
 
 def test_a_digest_sees_one_bit_and_the_order_of_equal_numbers(bench):
