@@ -119,7 +119,7 @@ class Worker:
             self.process.stdin.write(json.dumps(command) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            pass  # it has ended: the reply says so
+            return self._reply()  # the worker has ended, and its reply, which is none, notes how
         return self._reply()
 
     def _reply(self) -> dict:

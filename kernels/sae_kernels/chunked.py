@@ -5,6 +5,7 @@ CPU backend, which replaces what a CPU does better in another way.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -170,7 +171,8 @@ def sparse_decode(values: Tensor, indices: Tensor, weight: Tensor, offsets: Tens
     return bags.to(weight.dtype)
 
 
-def decode_residual(
+def decode_residual_with(
+    gather_dot: Callable[..., Tensor],
     values: Tensor,
     indices: Tensor,
     weight: Tensor,
@@ -178,6 +180,7 @@ def decode_residual(
     target: Tensor,
     offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """`decode_residual` with a backend's own products of rows."""
     acc = accumulate_dtype(values, weight, bias, target)
     weight = weight.to(acc)
     out = sparse_decode(values, indices, weight, offsets).add_(bias.to(acc))
@@ -203,6 +206,9 @@ def gather_dot(rows: Tensor, indices: Tensor, weight: Tensor, offsets: Tensor | 
         gathered = weight[indices[part]].to(acc)  # [step, K, D]
         out[part] = torch.bmm(gathered, rows[part].unsqueeze(-1)).squeeze(-1)
     return out
+
+
+decode_residual = partial(decode_residual_with, gather_dot)
 
 
 def segment_rows(

@@ -10,6 +10,7 @@ device: a step that must be skipped is skipped by a mask.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -89,30 +90,6 @@ def sparse_grad_with(
     return dz, d_w_enc, d_w_dec, d_b_enc, scale * g.sum(dim=0, dtype=acc)
 
 
-def latent_step(
-    x: Tensor,
-    residual: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    dots: Tensor,
-    latents: Latents,
-    adam: AdamStep,
-    scale: float,
-    centred: bool = True,
-    unit_norm: bool = True,
-    clip: float | None = None,
-    clip_norm: Tensor | None = None,
-    dead: DeadGrads | None = None,
-    counters: Counters | None = None,
-    offsets: Tensor | None = None,
-) -> Tensor:
-    return latent_step_with(
-        sums_by_latent,
-        *(x, residual, values, indices, dots, latents, adam, scale, centred, unit_norm),
-        *(clip, clip_norm, dead, counters, offsets),
-    )
-
-
 def latent_step_with(
     sums: Sums,
     x: Tensor,
@@ -173,6 +150,9 @@ def latent_step_with(
     if counters is not None:
         count(values, indices, counters)
     return norm
+
+
+latent_step = partial(latent_step_with, sums_by_latent)
 
 
 def blocks(matrix: Tensor) -> Iterator[slice]:

@@ -7,6 +7,7 @@ The timings that led to each choice are in kernels/NOTES.md.
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor
 from sae_kernels import chunked
 from sae_kernels.chunked import (
     compressed,
+    decode_residual_with,
     encode_in_chunks,
     first_largest,
     keep_top_k,
@@ -24,7 +26,6 @@ from sae_kernels.chunked import (
 from sae_kernels.chunked_step import latent_step_with, settle, sparse_grad_with
 from sae_kernels.contracts import accumulate_dtype
 from sae_kernels.cpu_step import slots_by_latent, sums_by_latent
-from sae_kernels.latents import AdamStep, Counters, DeadGrads, Latents
 from sae_kernels.slots import row_of_slot
 
 __all__ = [
@@ -165,22 +166,6 @@ def dead_encode(x: Tensor, w: Tensor, b: Tensor, k: int) -> Tensor:
     return keep_top_k(product(x).relu_(), k)
 
 
-def decode_residual(
-    values: Tensor,
-    indices: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    target: Tensor,
-    offsets: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    acc = accumulate_dtype(values, weight, bias, target)
-    weight = weight.to(acc)
-    out = sparse_decode(values, indices, weight, offsets).add_(bias.to(acc))
-    exact = torch.sub(target.to(acc), out, out=out)
-    residual = exact.to(target.dtype)
-    return residual, torch.linalg.vecdot(exact, exact), gather_dot(residual, indices, weight, offsets)
-
-
 def gather_dot(rows: Tensor, indices: Tensor, weight: Tensor, offsets: Tensor | None = None) -> Tensor:
     acc = accumulate_dtype(rows, weight)
     n = len(rows)
@@ -197,6 +182,9 @@ def gather_dot(rows: Tensor, indices: Tensor, weight: Tensor, offsets: Tensor | 
     )
     out = torch.sparse.sampled_addmm(pattern, rows.to(acc), weight.to(acc).t(), beta=0.0)
     return out.values().view(indices.shape)
+
+
+decode_residual = partial(decode_residual_with, gather_dot)
 
 
 def segment_rows(
@@ -229,25 +217,4 @@ def sparse_grad(
     return sparse_grad_with(sums_by_latent, x, g, values, indices, len(w_dec), scale, dots, offsets)
 
 
-def latent_step(
-    x: Tensor,
-    residual: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    dots: Tensor,
-    latents: Latents,
-    adam: AdamStep,
-    scale: float,
-    centred: bool = True,
-    unit_norm: bool = True,
-    clip: float | None = None,
-    clip_norm: Tensor | None = None,
-    dead: DeadGrads | None = None,
-    counters: Counters | None = None,
-    offsets: Tensor | None = None,
-) -> Tensor:
-    return latent_step_with(
-        sums_by_latent,
-        *(x, residual, values, indices, dots, latents, adam, scale, centred, unit_norm),
-        *(clip, clip_norm, dead, counters, offsets),
-    )
+latent_step = partial(latent_step_with, sums_by_latent)
