@@ -110,7 +110,7 @@ class Checkpointer:
         for name, tensor in tensors.items():
             if not _finite(tensor):
                 raise NumericsError(f"step {step} is not saved: {name} holds NaN or infinity")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(exist_ok=True)  # not its parents: a run folder that is gone is not made anew
         if not self._saved:  # not earlier: a process that only reads must not remove a live writer's files
             remove_leftovers(self.folder)
         self._clear_way(step)

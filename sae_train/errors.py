@@ -1,7 +1,7 @@
 """What can end a run, and the exit code that says which.
 
 0 done; 2 the user's input is wrong; 3 the numbers went bad; 75 stopped early, saved, run the
-same command again (EX_TEMPFAIL); 130 / 143 a second interrupt.
+same command again (EX_TEMPFAIL; also `stop.Interrupted`); 130 / 143 a second signal.
 """
 
 

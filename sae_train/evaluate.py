@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from sae_train import stop
 from sae_train.errors import InputError
 from sae_train.metrics.base import METRICS, EvalBatch, Metric, MetricConfig
 from sae_train.registry import nearest
@@ -123,6 +124,7 @@ def evaluate(
     metrics = build_metrics(config.metrics, sae.d_in, sae.d_sae)
     rows, ordinary = heldout.rows[hook], heldout.ordinary[hook]
     for x, plain in zip(rows.split(config.batch_tokens), ordinary.split(config.batch_tokens), strict=True):
+        stop.check()
         x = x.to(device).float()
         codes = sae.encode(x)
         batch = EvalBatch(x, sae.decode(codes), codes, plain.to(device))

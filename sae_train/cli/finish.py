@@ -86,6 +86,7 @@ def finish(
         "seconds": seconds,
         "waited_s": waited,
         "rows": dict(wired.source.counts),
+        "row_ledger": state.ledger.hex(),
     }
     write_json(
         folder / "summary.json", {"members": {name: finite(r) for name, r in results.items()}} | summary

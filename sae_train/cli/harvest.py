@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
+from sae_train import stop
 from sae_train.cli.compose import run_composed
-from sae_train.cli.folder import owned
+from sae_train.cli.folder import Ownership, owned
 from sae_train.cli.signals import StopSignals
 from sae_train.cli.wire import HELDOUT, wire
 from sae_train.config import HarvestConfig, members, to_config
@@ -33,30 +34,34 @@ def harvest(composed: DictConfig) -> int:
         raise InputError("source", "shards", "stream, tensors or synthetic: these rows are harvested already")
     hooks = [member.hook for member in members(config, composed)]
     out = Path(config.out).expanduser()
-    with owned("out", out):
-        return _harvest(config, hooks, out)
+    with StopSignals() as signals, owned("out", out) as ownership:
+        return _harvest(config, hooks, out, signals, ownership)
 
 
-def _harvest(config: HarvestConfig, hooks: list[str], out: Path) -> int:
+def _harvest(
+    config: HarvestConfig, hooks: list[str], out: Path, signals: StopSignals, ownership: Ownership
+) -> int:
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     wired = wire(config, hooks, pick_device(config.model.device), {}, lambda dims: None)
-    with StopSignals() as signals, Progress(config.train.tokens) as progress:
+    signals.defer()
+    with Progress(config.train.tokens) as progress:
         for folder, shards, rows in (
             (out / HELDOUT, wired.heldout_shards(), config.eval.tokens),
             (out, wired.shards, config.train.tokens),
         ):
             progress.phase("harvesting held-out rows" if folder.name == HELDOUT else "harvesting")
-            write(folder, shards, rows, signals, progress)
+            write(folder, shards, rows, ownership, progress)
     print(f"harvested {out}: sae-train train source=shards source.path={out}")
     return 0
 
 
-def write(folder: Path, shards: ShardStream, rows: int, signals: StopSignals, progress: Progress) -> None:
+def write(folder: Path, shards: ShardStream, rows: int, ownership: Ownership, progress: Progress) -> None:
     """Write shards until there are `rows` rows or the data ends; skips what an earlier call wrote.
 
     Raises:
-        StoppedEarly: a stop was asked for; whole shards are kept.
+        Interrupted: a stop was asked for; whole shards are kept.
+        StoppedEarly: the device is full or fails; whole shards are kept.
     """
     writer = ShardWriter(folder, shards)
     if writer.complete and writer.rows >= rows:
@@ -64,9 +69,16 @@ def write(folder: Path, shards: ShardStream, rows: int, signals: StopSignals, pr
         return
     writer.resume(shards)
     while writer.rows < rows:
-        shard = shards.next_shard()
+        try:
+            stop.check()
+            shard = shards.next_shard()
+        except stop.Interrupted as error:
+            raise stop.Interrupted(
+                f"{error}: {writer.shards} shards are written; the same command continues"
+            ) from None
         if shard is None:
             break
+        ownership.check()
         try:
             writer.write(shard)
         except OSError as error:
@@ -75,6 +87,4 @@ def write(folder: Path, shards: ShardStream, rows: int, signals: StopSignals, pr
                 "make room and run the same command again"
             ) from error
         progress.update(writer.shards, writer.rows, {})
-        if (reason := signals.reason()) is not None:
-            raise StoppedEarly(f"{reason}: {writer.shards} shards are written; the same command continues")
     writer.finish()

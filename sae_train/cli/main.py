@@ -11,6 +11,7 @@ from sae_train.errors import InputError, NumericsError, StoppedEarly
 from sae_train.files import CorruptFile
 from sae_train.log import printable
 from sae_train.registry import nearest
+from sae_train.stop import Interrupted
 
 VERBS = {
     "train": "harvest activations and train SAEs on them; continues the run that is there",
@@ -61,6 +62,9 @@ def main(argv: list[str] | None = None) -> int:
             printable(f"sae-train {verb}: {error} (expected a file that this release wrote)"), file=sys.stderr
         )
         return InputError.exit_code
+    except Interrupted as error:
+        print(f"sae-train {verb}: {error}", file=sys.stderr)
+        return error.exit_code
     except KeyboardInterrupt:
         print(f"sae-train {verb}: interrupted", file=sys.stderr)
         return 130

@@ -1,20 +1,28 @@
-"""Stop requests: the first SIGTERM, SIGUSR1 or Ctrl-C asks the run to save and leave, the second ends it."""
+"""Signals: the first SIGTERM, SIGUSR1 or Ctrl-C asks the run to save and leave, the second ends it."""
 
 import os
 import signal
 from types import FrameType
 
+from sae_train import stop
+
 
 class StopSignals:
-    """Context manager; `reason()` tells the training loop that a stop was asked for."""
+    """Context manager that turns signals into stop requests (`sae_train.stop`).
+
+    Until `defer()` nothing would be lost, so a signal also leaves at once, whatever is going on: loading a
+    model has no point at which to ask. From then on it is only noted, and the work stops where it can
+    be continued.
+    """
 
     NAMES = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def __init__(self) -> None:
-        self._reason: str | None = None
+        self._deferred = False
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignals":
+        stop.clear()
         for number in self.NAMES:
             self._before[number] = signal.signal(number, self._handle)
         return self
@@ -22,12 +30,25 @@ class StopSignals:
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        stop.clear()
 
-    def reason(self) -> str | None:
-        return self._reason
+    def defer(self) -> None:
+        """From here on there is something to lose: signals are noted and looked for.
+
+        Raises:
+            Interrupted: one came before.
+        """
+        self._deferred = True
+        stop.check()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._reason is not None and number != signal.SIGUSR1:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self._reason = f"received {signal.Signals(number).name}"
+        if stop.reason() is not None:
+            if number != signal.SIGUSR1:  # a scheduler may repeat its warning; it does not mean "now"
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        stop.request(f"received {signal.Signals(number).name}")
+        if not self._deferred:
+            raise stop.Interrupted(
+                f"{stop.reason()}: stopped before the next step; the same command continues"
+            )

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from sae_train.checkpoint import Checkpointer
+from sae_train.cli.folder import BEAT_S, DEAD_AFTER_BEATS, last_beat_s
 from sae_train.errors import InputError
 from sae_train.train.record import RunRecord
 
@@ -27,8 +28,18 @@ def run(args: list[str]) -> int:
     print(f"saved      {f'step {saved[-1]}' if saved else 'nothing yet'}")
     metrics = folder / "metrics.jsonl"
     if metrics.exists():
-        print(f"last sign  {time.time() - metrics.stat().st_mtime:,.0f} s ago")
+        print(f"last line  {time.time() - metrics.stat().st_mtime:,.0f} s ago")
+    print(f"process    {alive(last_beat_s(folder))}")
     return 0
+
+
+def alive(beat_s: float | None) -> str:
+    """The owner's heartbeat in words."""
+    if beat_s is None:
+        return "none"
+    if beat_s <= BEAT_S * DEAD_AFTER_BEATS:
+        return f"alive {beat_s:.0f} s ago"
+    return f"no sign of life for {beat_s:,.0f} s: killed, frozen, or its disk is stuck"
 
 
 def last_record(path: Path) -> dict[str, float]:

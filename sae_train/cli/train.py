@@ -11,10 +11,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from sae_kernels import use_backend
 
+from sae_train import stop
 from sae_train.checkpoint import Checkpointer
 from sae_train.cli.compose import run_composed
 from sae_train.cli.finish import finish, timed
-from sae_train.cli.folder import owned
+from sae_train.cli.folder import Ownership, owned
 from sae_train.cli.signals import StopSignals
 from sae_train.cli.wire import Wired, wire
 from sae_train.config import Config, as_tree, members, run_folder, to_config
@@ -30,7 +31,8 @@ from sae_train.train.members import Member, MemberConfig
 from sae_train.train.progress import Progress
 from sae_train.train.record import RunRecord, versions
 from sae_train.train.resume import check_fingerprint, check_resume
-from sae_train.train.state import TrainState
+from sae_train.train.saver import Saver
+from sae_train.train.state import TrainState, seed_rng
 from sae_train.train.trainer import Trainer
 
 INIT_ROWS = 32_768
@@ -49,11 +51,18 @@ def train(composed: DictConfig, args: list[str]) -> int:
     wanted = members(config, composed)
     check(config)
     folder = run_folder(config)
-    with owned("run.dir", folder):
-        return _run(config, wanted, folder, "sae-train " + shlex.join(args))
+    with StopSignals() as signals, owned("run.dir", folder) as ownership:
+        return _run(config, wanted, folder, "sae-train " + shlex.join(args), signals, ownership)
 
 
-def _run(config: Config, wanted: list[MemberConfig], folder: Path, command: str) -> int:
+def _run(
+    config: Config,
+    wanted: list[MemberConfig],
+    folder: Path,
+    command: str,
+    signals: StopSignals,
+    ownership: Ownership,
+) -> int:
     record = RunRecord.read(folder)
     tree = as_tree(config) | {"members": {m.name: as_tree(m) for m in wanted}}
     checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint.keep)
@@ -65,9 +74,19 @@ def _run(config: Config, wanted: list[MemberConfig], folder: Path, command: str)
     loaded = checkpointer.load()
     if loaded is not None:
         check_resume(loaded[2]["config"], tree)
+    elif record is not None and record.step > 0:
+        raise InputError(
+            "checkpoints",
+            str(checkpointer.folder),
+            f"the checkpoints of a run that was saved at step {record.step}; they are gone "
+            f"(remove {folder / 'run.json'} to start anew)",
+        )
     setup_logging(folder)
     device = pick_device(config.model.device)
-    chosen = choose(config, record.chosen if record is not None else {}, device)
+    before = (
+        record.chosen if record is not None else loaded[2].get("chosen", {}) if loaded is not None else {}
+    )
+    chosen = choose(config, before, device)
     torch.set_num_threads(chosen["threads"])
     clock = Clock()
     with clock.phase("loading"):
@@ -84,7 +103,15 @@ def _run(config: Config, wanted: list[MemberConfig], folder: Path, command: str)
             "running", tree, fingerprint, chosen, config.train.steps, command=command, versions=versions()
         )
         with use_backend(config.kernels.backend):
-            return _train(config, folder, record, wired, wanted, clock, device, checkpointer, loaded)
+            meta = {
+                "steps": record.steps,
+                "versions": record.versions,
+                "config": record.config,
+                "fingerprint": record.fingerprint,
+                "chosen": record.chosen,
+            }
+            saver = Saver(checkpointer, meta, ownership.check)
+            return _train(config, folder, record, wired, wanted, clock, device, saver, loaded, signals)
     finally:
         wired.source.close()
 
@@ -108,10 +135,12 @@ def _train(
     wanted: list[MemberConfig],
     clock: Clock,
     device: torch.device,
-    checkpointer: Checkpointer,
+    saver: Saver,
     loaded: tuple[int, dict[str, Any], dict[str, Any]] | None,
+    signals: StopSignals,
 ) -> int:
     steps = record.steps
+    seed_rng(config.run.seed)
     built = [
         Member(m, wired.source.dims[m.hook], steps, config.train.tokens, config.train.ema, device)
         for m in wanted
@@ -132,7 +161,6 @@ def _train(
     write_bytes(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(as_tree(config))).encode())
     eval_every = max(steps // 4, 1) if config.eval.every is None else config.eval.every
     with (
-        StopSignals() as signals,
         MetricLog(folder, config.logger, record.config, state.extra.get("log")) as log,
         Progress(config.train.tokens, start_tokens=state.tokens) as progress,
     ):
@@ -152,25 +180,19 @@ def _train(
             clock=clock,
             log=log,
             progress=progress,
-            checkpointer=checkpointer,
+            saver=saver,
             evaluate=lambda member: evaluate(
                 member.trained(), member.hook, heldout, config.eval, splice, config.eval.interval_ce_tokens
             )[0],
-            should_stop=signals.reason,
             batch_tokens=config.train.batch_tokens,
             log_every=config.logger.every,
             eval_every=eval_every,
             save_every=config.checkpoint.every,
-            run_meta={
-                "steps": steps,
-                "versions": record.versions,
-                "config": record.config,
-                "fingerprint": record.fingerprint,
-            },
             allow_short=config.corpus.allow_short,
         )
         progress.phase("training")
         status = "stopped"
+        signals.defer()
         try:
             trainer.fit(state, steps)
             status = "done"
@@ -181,7 +203,12 @@ def _train(
                 record.write(folder)
         wired.source.close()  # what is harvested ahead is not needed any more
         progress.phase("evaluating")
-        finish(config, folder, record, wired, state, heldout, clock, log)
+        try:
+            finish(config, folder, record, wired, state, heldout, clock, log)
+        except stop.Interrupted as error:
+            raise stop.Interrupted(
+                f"{error}: trained and saved; the same command evaluates and writes the report"
+            ) from None
     record.write(folder)
     return 0
 

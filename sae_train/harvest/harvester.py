@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sae_train import stop
 from sae_train.errors import InputError
 from sae_train.harvest.capture import hooked
 from sae_train.harvest.hooks import Site
@@ -83,10 +84,12 @@ class Harvester:
 
         Raises:
             InputError: the device ran out of memory (`model.micro_batch`), or a hook is not [B, T, D].
+            Interrupted: the process is asked to stop.
         """
         num_windows = len(windows.tokens)
         rows = {} if out is None else out
         for start in range(0, num_windows, self.micro_batch):
+            stop.check()
             part = slice(start, min(start + self.micro_batch, num_windows))
             try:
                 self._forward(windows.tokens[part], windows.valid[part], part, num_windows, rows)

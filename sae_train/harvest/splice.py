@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sae_train import stop
 from sae_train.errors import InputError
 from sae_train.harvest.capture import hooked
 from sae_train.harvest.harvester import inputs
@@ -91,6 +92,7 @@ def cross_entropy(
     _check_causal(model)
     parts = []
     for part in _chunks(windows):
+        stop.check()
         tokens, valid, chosen = windows.tokens[part], windows.valid[part], mask[part]
         clean = logits(model, tokens, valid, chosen) if kl else None
         changed = logits(model, tokens, valid, chosen, replace)
@@ -127,6 +129,7 @@ def splice_report(
     }
     parts: dict[str, list[SpliceResult]] = {name: [] for name in ("clean", *ways)}
     for part in _chunks(windows):
+        stop.check()
         tokens, valid, chosen = windows.tokens[part], windows.valid[part], mask[part]
         clean = logits(model, tokens, valid, chosen)
         parts["clean"].append(score(clean, tokens, valid, chosen))

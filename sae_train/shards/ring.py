@@ -15,7 +15,12 @@ from typing import Any
 
 import torch
 
+from sae_train import stop
 from sae_train.shards.shard import Shard, ShardStream
+
+POLL_S = 0.2
+STUCK_S = 5.0
+"""A thread asked to end is given this long: it may be in a read from a network that does not answer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +85,7 @@ class Prefetch:
         else:
             if self._thread is None:
                 self._start()
-            made = self._queue.get()
+            made = self._wait()
             self._permits.release()
         if made.error is not None:
             self._error = made.error  # the thread is gone; seek starts a new one
@@ -111,11 +116,22 @@ class Prefetch:
         with self._working:
             yield
 
-    def close(self, timeout_s: float = 30.0) -> None:
+    def close(self, timeout_s: float = STUCK_S) -> None:
         """Stop making shards; one that takes longer than the timeout is abandoned to its daemon thread."""
         if self._halt(timeout_s):
             self.stream.close()
         self._ended = True
+
+    def _wait(self) -> _Made:
+        """What the thread made. Asked to stop, it says so soon; one that is stuck is left behind."""
+        patience_s = STUCK_S
+        while True:
+            try:
+                return self._queue.get(timeout=POLL_S)
+            except queue.Empty:
+                patience_s -= POLL_S if stop.reason() is not None else 0
+                if patience_s <= 0:
+                    stop.check()
 
     def _start(self) -> None:
         self._stop = threading.Event()

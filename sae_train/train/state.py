@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from sae_train.batch import ActivationSource
+from sae_train.train.ledger import RowLedger
 from sae_train.train.members import Member
 
 
@@ -19,13 +20,16 @@ class TrainState:
     source: ActivationSource
     step: int = 0
     tokens: int = 0
+    ledger: RowLedger = field(default_factory=RowLedger)
+    """Of every row trained on so far."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """JSON-able state of the run's other parts by name: clock, log."""
+    """JSON-able state of the run's other parts by name: clock, log, producer; and the step last judged."""
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "step": self.step,
             "tokens": self.tokens,
+            "ledger": self.ledger.value,
             "members": {member.name: member.state_dict() for member in self.members},
             "source": self.source.state_dict(),
             "rng": rng_state(),
@@ -33,12 +37,21 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.ledger.value = state["ledger"]
         self.step, self.tokens = int(state["step"]), int(state["tokens"])
         for member in self.members:
             member.load_state_dict(state["members"][member.name])
         self.source.load_state_dict(state["source"])
         set_rng_state(state["rng"])
         self.extra = dict(state["extra"])
+
+
+def seed_rng(seed: int) -> None:
+    """Seed the generators that `rng_state` reads. Nothing of ours draws from them; what a plug-in draws is then
+    a function of the seed too."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 def rng_state() -> dict[str, Any]:

@@ -1,0 +1,57 @@
+"""Stop requests: a signal asks the process to stop, and long work looks here whether it was asked.
+
+Signals belong to the process, and so does this flag. Whoever works for longer than a second in one call
+(a forward pass per micro-batch, a batch of an evaluation, the wait before another try) calls `check()`
+between two pieces. `Interrupted` derives from BaseException so that no `except Exception` of a library
+on the way takes it for an error of its own.
+"""
+
+import threading
+import time
+
+_reason: str | None = None
+_asked = threading.Event()
+
+
+class Interrupted(BaseException):
+    """The user, or the cluster, asked the process to stop. The same command continues what it did."""
+
+    exit_code = 75
+
+
+def request(why: str) -> None:
+    """Ask the process to stop; the first reason is the one that is told."""
+    global _reason
+    _reason = _reason or why
+    _asked.set()
+
+
+def reason() -> str | None:
+    """Why the process was asked to stop, or None."""
+    return _reason
+
+
+def check() -> None:
+    """Raise `Interrupted` if the process was asked to stop."""
+    if _reason is not None:
+        raise Interrupted(_reason)
+
+
+def sleep(seconds: float) -> None:
+    """Wait, but not past a stop request.
+
+    Raises:
+        Interrupted: the process is asked to stop.
+    """
+    end = time.monotonic() + seconds
+    # In slices: a signal handler runs in the main thread, and only between two calls.
+    while (left := end - time.monotonic()) > 0 and not _asked.wait(min(left, 0.2)):
+        pass
+    check()
+
+
+def clear() -> None:
+    """Forget the request: for the next run in the same process."""
+    global _reason
+    _reason = None
+    _asked.clear()
