@@ -1,9 +1,10 @@
 # make demo     train a sparse autoencoder on a real language model and report on it
 # make test     the default test suite
+# make chaos    hundreds of kills and half an hour of faults, with a report (CHAOS_KILLS=..., CHAOS_MINUTES=...)
 # make lint     ruff and mypy
 # make compile-gate  compile every Triton kernel for GPUs that are not here; fails on spills and the like
 # make test-gpu   the tests that need a GPU, at real sizes
-# make bench-gpu  check and time whole training steps on a GPU
+# make bench-gpu  check and time whole training steps on a GPU, beside dense torch and three other libraries
 # make bench-cpu  time a whole training step beside dense torch and three other libraries
 # make venv     only the installation that the others share
 # make clean    remove .venv, .venv-bench and what tools left behind (runs/ stays)
@@ -28,7 +29,7 @@ PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install $(QUIET)
 KEY := $(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 READY := $(VENV)/.installed-$(KEY)
 
-# What `make bench-cpu` compares with: each in an environment of its own, for their requirements conflict,
+# What `make bench-cpu` and `make bench-gpu` compare with: each in an environment of its own, for their requirements conflict,
 # and with the torch of constraints.txt. dictionary_learning never uses the torchvision that it asks for, and
 # cannot be imported where that is built for another torch.
 BENCH := .venv-bench
@@ -38,10 +39,13 @@ PEER_dictionary_learning := dictionary-learning==0.1.0
 PEER_saelens := sae-lens==6.54.12
 PEER_TORCH := $(shell grep '^torch==' constraints.txt)
 PEER_KEY := $(shell echo $(PEER_TORCH) $(foreach p,$(PEERS),$(PEER_$(p))) | cksum | cut -d ' ' -f 1)
+# NAME=PATH of those that could be installed; looked up when a recipe runs.
+PEER_PYTHONS = $(shell for p in $(PEERS); do \
+  test -e $(BENCH)/$$p/.installed-$(PEER_KEY) && echo $$p=$(BENCH)/$$p/bin/python; done)
 PEER_PIP = $(BENCH)/$*/bin/python -m pip --disable-pip-version-check
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint compile-gate test-gpu bench-gpu bench-cpu venv clean
+.PHONY: help demo test chaos lint compile-gate test-gpu bench-gpu bench-cpu venv clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -51,6 +55,9 @@ demo: $(READY)-demo
 
 test: $(READY)-test
 	$(BIN)/pytest -n logical --maxprocesses 4 $(ARGS)
+
+chaos: $(READY)-test
+	$(BIN)/pytest -m slow -s tests/faults/test_chaos.py $(ARGS)
 
 lint: $(READY)-dev
 	$(BIN)/ruff check .
@@ -63,8 +70,8 @@ compile-gate: $(READY)-gguf
 test-gpu: $(READY)-test
 	$(BIN)/pytest -m gpu $(ARGS)
 
-bench-gpu: $(READY)-gguf
-	$(BIN)/python kernels/bench/gpu.py $(ARGS)
+bench-gpu: $(READY)-gguf $(PEERS:%=$(BENCH)/%/.installed-$(PEER_KEY))
+	$(BIN)/python kernels/bench/gpu.py $(addprefix --peer-python ,$(PEER_PYTHONS)) $(ARGS)
 
 bench-cpu: $(READY)-gguf $(PEERS:%=$(BENCH)/%/.installed-$(PEER_KEY))
 	$(BIN)/python kernels/bench/peers_cpu.py $(ARGS)

@@ -29,6 +29,7 @@ from sae_kernels.contracts import (
     check_threshold,
 )
 from sae_kernels.dispatch import available_backends, use_backend
+from sae_kernels.fallbacks import fallbacks
 from sae_kernels.latents import AdamStep, Counters, DeadGrads, Latents, Weight
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "batch_topk_encode",
     "dead_encode",
     "decode_residual",
+    "fallbacks",
     "gather_dot",
     "latent_step",
     "segment_rows",
@@ -61,7 +63,9 @@ def topk_encode(x: Tensor, w: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor
     same multiset, and its indices the same set but for such ties.
 
     Under autocast x and w are rounded to the autocast dtype before they are multiplied (the product
-    may be rounded to it too); gradients are those of the unrounded product, summed in float32.
+    may be rounded to it too); gradients are those of the unrounded product, summed in float32. On a GPU
+    float32 operands are multiplied by torch, in TF32 where torch has been allowed that; rows whose candidates
+    did not suffice (`fallbacks`) are encoded again in IEEE float32.
 
     Args:
         x: [N, D] rows.
@@ -110,8 +114,9 @@ def batch_topk_encode(x: Tensor, w: Tensor, b: Tensor, k: int) -> tuple[Tensor, 
 def threshold_encode(x: Tensor, w: Tensor, b: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """All pre-activations h = x @ w.T + b that are above their latent's threshold and above zero.
 
-    JumpReLU, and inference with thresholds learned in training (BatchTopK). How many there are is
-    known only afterwards: the host waits for the device once.
+    JumpReLU, and inference with thresholds learned in training (BatchTopK). How many there are is known
+    only afterwards, so the host waits for the device: once with Triton, which keeps what it finds in places
+    that it has counted on; once for each chunk of rows with the torch backend, which allocates as it goes.
 
     Args:
         x, w, b: as in `topk_encode`; rounding under autocast likewise.

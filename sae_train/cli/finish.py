@@ -206,7 +206,8 @@ def warnings(config: Config, state: TrainState, wired: Wired) -> list[str]:
     for member in state.members:
         if skipped := int(member.skipped):
             out.append(
-                f"{member.name}: {skipped} steps were skipped because their gradients were not finite."
+                f"{member.name}: {skipped} steps were left out, {int(member.spikes.spikes)} of them because "
+                "their loss was a spike, the others because gradients were not finite."
             )
     if wired.splice is None:
         out.append(

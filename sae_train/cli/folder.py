@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from sae_train.errors import InputError, StoppedEarly
 
 logger = logging.getLogger("sae_train.train")
@@ -30,7 +32,10 @@ BEAT_S = 2.0
 """Seconds between beats."""
 DEAD_AFTER_BEATS = 5
 """A record of another host whose beat stands still for so many beats belongs to a process that is gone."""
+RECORD_BYTES = 256
 MAX_RECORD_BYTES = 4096
+TORN_S = 0.05
+"""Much longer than a record takes to be written."""
 
 
 class Ownership:
@@ -45,6 +50,7 @@ class Ownership:
 
     def start(self) -> None:
         self._write()
+        os.ftruncate(self._handle, RECORD_BYTES)  # nothing may follow it
         self._thread.start()
 
     def check(self) -> None:
@@ -60,18 +66,24 @@ class Ownership:
         if not same:
             raise StoppedEarly(f"{self.folder} was replaced by another folder: nothing can be saved")
         owner = _read(self._handle)
-        if owner is not None and owner.get("token") != self._token:
+        if owner is None:  # or half written by our own thread just now
+            time.sleep(TORN_S)
+            owner = _read(self._handle)
+        if not self.is_ours(owner):
             raise StoppedEarly(
                 f"{self.folder} was taken over by {_who(owner)} while this process stood still"
             )
+
+    def is_ours(self, owner: dict[str, Any] | None) -> bool:
+        """An empty record is not: who took over has left again since."""
+        return owner is not None and owner.get("token") == self._token
 
     def stop(self) -> None:
         """Stop beating and leave an empty record: the next owner need not ask."""
         self._done.set()
         self._thread.join()
         try:
-            owner = _read(self._handle)
-            if owner is None or owner.get("token") == self._token:
+            if self.is_ours(_read(self._handle)):
                 os.ftruncate(self._handle, 0)
         except OSError as error:
             logger.warning("%s: the lock's record could not be cleared (%s)", self.folder, error)
@@ -88,14 +100,14 @@ class Ownership:
                 refused = True
 
     def _write(self) -> None:
-        owner = _read(self._handle) if self._beat else None
-        if owner is not None and owner.get("token") != self._token:
+        if self._beat and not self.is_ours(_read(self._handle)):
             return  # taken over: `check` says so before the next save
         self._beat += 1
         record = {"host": socket.gethostname(), "pid": os.getpid(), "token": self._token, "beat": self._beat}
         data = json.dumps(record).encode()
         # In place and in one write: the lock is on this very file, so it cannot be replaced by a rename.
-        os.pwrite(self._handle, data.ljust(256), 0)
+        os.pwrite(self._handle, data.ljust(RECORD_BYTES), 0)
+        os.close(os.dup(self._handle))  # network file systems send what was written when a descriptor closes
 
 
 @contextmanager
@@ -115,13 +127,19 @@ def owned(key: str, folder: Path) -> Iterator[Ownership]:
     except OSError as error:
         raise InputError(key, str(folder), f"a folder that can be written ({error.strerror})") from None
     try:
-        _take(key, folder, handle)
+        locked = _take(key, folder, handle)
         ownership = Ownership(folder, handle)
         try:
             ownership.start()
         except OSError as error:
             raise InputError(key, str(folder), f"a folder that can be written ({error.strerror})") from None
         try:
+            if not locked:
+                time.sleep(
+                    BEAT_S
+                )  # another process may have found it free just now: the last to write has it
+                if not ownership.is_ours(owner := _read_anew(folder / LOCK)):
+                    raise _in_use(key, folder, owner)
             yield ownership
         finally:
             ownership.stop()
@@ -140,26 +158,44 @@ def last_beat_s(folder: Path) -> float | None:
         return None
 
 
-def _take(key: str, folder: Path, handle: int) -> None:
-    """Get the kernel's lock, and see that no other host's process is at work in spite of it."""
+def _take(key: str, folder: Path, handle: int) -> bool:
+    """Get the kernel's lock, and see that no other host's process is at work in spite of it; False where the
+    file system has no locks."""
     locked = True
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            raise _in_use(key, folder, _read(handle)) from None
+            raise _in_use(key, folder, _holder(handle)) from None
         logger.warning("%s: its file system has no locks (%s); heartbeats alone guard it", folder, error)
         locked = False
     owner = _read(handle)
     if owner is None:
-        return
+        return locked
     if not locked or owner.get("host") != socket.gethostname():
         logger.warning("%s: watching whether %s is alive", folder, _who(owner))
         for _ in range(DEAD_AFTER_BEATS):
             time.sleep(BEAT_S)
-            if _read(handle) != owner:
+            if _read_anew(folder / LOCK) != owner:
                 raise _in_use(key, folder, owner)
     logger.warning("%s: taken over from %s, which is gone", folder, _who(owner))
+    return locked
+
+
+def _holder(handle: int) -> dict[str, Any] | None:
+    """The record of who holds the lock. Just after it was taken, it is still that of the one before."""
+    deadline = time.monotonic() + BEAT_S
+    while (owner := _read(handle)) is None or _is_gone(owner):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(TORN_S)
+    return owner
+
+
+def _is_gone(owner: dict[str, Any]) -> bool:
+    """Whether a record is that of a process of this host that has ended."""
+    pid = owner.get("pid")
+    return owner.get("host") == socket.gethostname() and not (isinstance(pid, int) and psutil.pid_exists(pid))
 
 
 def _in_use(key: str, folder: Path, owner: dict[str, Any] | None) -> InputError:
@@ -170,6 +206,15 @@ def _who(owner: dict[str, Any] | None) -> str:
     if owner is None:
         return "another process"
     return f"process {owner.get('pid')} on {owner.get('host')}"
+
+
+def _read_anew(path: Path) -> dict[str, Any] | None:
+    """As another host wrote it: network file systems look for news when a file is opened."""
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        return _read(handle)
+    finally:
+        os.close(handle)
 
 
 def _read(handle: int) -> dict[str, Any] | None:

@@ -44,28 +44,32 @@ def _harvest(
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     wired = wire(config, hooks, pick_device(config.model.device), {}, lambda dims: None)
+    heldout = wired.heldout_shards()
+    # Taking stock reads every byte that is there; a signal ends that at once.
+    parts = (
+        (ShardWriter(out / HELDOUT, heldout), heldout, config.eval.tokens),
+        (ShardWriter(out, wired.shards), wired.shards, config.train.tokens),
+    )
     signals.defer()
     with Progress(config.train.tokens) as progress:
-        for folder, shards, rows in (
-            (out / HELDOUT, wired.heldout_shards(), config.eval.tokens),
-            (out, wired.shards, config.train.tokens),
-        ):
-            progress.phase("harvesting held-out rows" if folder.name == HELDOUT else "harvesting")
-            write(folder, shards, rows, ownership, progress)
+        for writer, shards, rows in parts:
+            progress.phase("harvesting held-out rows" if shards is heldout else "harvesting")
+            write(writer, shards, rows, ownership, progress)
     print(f"harvested {out}: sae-train train source=shards source.path={out}")
     return 0
 
 
-def write(folder: Path, shards: ShardStream, rows: int, ownership: Ownership, progress: Progress) -> None:
+def write(
+    writer: ShardWriter, shards: ShardStream, rows: int, ownership: Ownership, progress: Progress
+) -> None:
     """Write shards until there are `rows` rows or the data ends; skips what an earlier call wrote.
 
     Raises:
         Interrupted: a stop was asked for; whole shards are kept.
         StoppedEarly: the device is full or fails; whole shards are kept.
     """
-    writer = ShardWriter(folder, shards)
     if writer.complete and writer.rows >= rows:
-        print(f"{folder} is complete: {writer.rows} rows in {writer.shards} shards", file=sys.stderr)
+        print(f"{writer.folder} is complete: {writer.rows} rows in {writer.shards} shards", file=sys.stderr)
         return
     writer.resume(shards)
     while writer.rows < rows:

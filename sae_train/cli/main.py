@@ -1,6 +1,7 @@
 """`sae-train VERB [key=value ...]`: finds the verb, runs it, and turns what ends it into an exit code."""
 
 import ctypes
+import errno
 import importlib
 import os
 import platform
@@ -21,6 +22,8 @@ VERBS = {
 }
 
 
+DEVICE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE}
+"""Of a disk that is full or fails, wherever it is met: writing a report, a record, a picture."""
 M_ARENA_MAX = -8
 """glibc's number for the most arenas that malloc may use."""
 
@@ -33,6 +36,16 @@ def one_arena() -> None:
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed. torch has a type for it on accelerators only."""
+    told = ("can't allocate memory", "Cannot allocate memory", "can't start new thread")
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or any(text in str(error) for text in told)
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,6 +73,29 @@ def main(argv: list[str] | None = None) -> int:
     except CorruptFile as error:
         print(
             printable(f"sae-train {verb}: {error} (expected a file that this release wrote)"), file=sys.stderr
+        )
+        return InputError.exit_code
+    except OSError as error:
+        if error.errno not in DEVICE_ERRORS:
+            raise
+        print(
+            printable(
+                f"sae-train {verb}: {error}; what was saved before is whole: make room, and the same command "
+                "continues"
+            ),
+            file=sys.stderr,
+        )
+        return StoppedEarly.exit_code
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        asked = str(error).splitlines()[0] if str(error) else "no more to be had"
+        print(
+            printable(
+                f"sae-train {verb}: out of memory ({asked}); lower train.batch_tokens, source.shard_tokens, "
+                "eval.tokens or sae.d_sae. Checkpoints are whole"
+            ),
+            file=sys.stderr,
         )
         return InputError.exit_code
     except Interrupted as error:

@@ -1,6 +1,5 @@
 """Signals: the first SIGTERM, SIGUSR1 or Ctrl-C asks the run to save and leave, the second ends it."""
 
-import os
 import signal
 from types import FrameType
 
@@ -13,6 +12,9 @@ class StopSignals:
     Until `defer()` nothing would be lost, so a signal also leaves at once, whatever is going on: loading a
     model has no point at which to ask. From then on it is only noted, and the work stops where it can
     be continued.
+
+    After the first signal the kernel's own action is in place again for SIGTERM and SIGINT: the second one
+    ends the process even where Python would not get to run a handler, in a long call of a library.
     """
 
     NAMES = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -43,11 +45,10 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if stop.reason() is not None:
-            if number != signal.SIGUSR1:  # a scheduler may repeat its warning; it does not mean "now"
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-            return
+            return  # a scheduler that repeats its warning (SIGUSR1) does not mean "now"
         stop.request(f"received {signal.Signals(number).name}")
+        for again in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(again, signal.SIG_DFL)
         if not self._deferred:
             raise stop.Interrupted(
                 f"{stop.reason()}: stopped before the next step; the same command continues"

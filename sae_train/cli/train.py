@@ -3,7 +3,7 @@
 import logging
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from sae_train.devices import native_bfloat16, pick_device
 from sae_train.errors import InputError
 from sae_train.evaluate import build_metrics, evaluate
 from sae_train.files import write_bytes
-from sae_train.log import MetricLog, setup_logging
+from sae_train.log import METRICS_FILE, MetricLog, setup_logging
 from sae_train.sae.base import SAES
 from sae_train.train.clock import Clock
 from sae_train.train.kernels import choose_stepper
@@ -65,7 +65,7 @@ def _run(
 ) -> int:
     record = RunRecord.read(folder)
     tree = as_tree(config) | {"members": {m.name: as_tree(m) for m in wanted}}
-    checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint.keep)
+    checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint.keep, ownership.check)
     if record is not None:
         check_resume(record.config, tree)
         if record.status == "done":
@@ -74,11 +74,11 @@ def _run(
     loaded = checkpointer.load()
     if loaded is not None:
         check_resume(loaded[2]["config"], tree)
-    elif record is not None and record.step > 0:
+    elif record is not None and (record.step > 0 or was_trained(folder, checkpointer.folder)):
         raise InputError(
             "checkpoints",
             str(checkpointer.folder),
-            f"the checkpoints of a run that was saved at step {record.step}; they are gone "
+            f"the checkpoints of the run that was started here; they are gone "
             f"(remove {folder / 'run.json'} to start anew)",
         )
     setup_logging(folder)
@@ -111,7 +111,9 @@ def _run(
                 "chosen": record.chosen,
             }
             saver = Saver(checkpointer, meta, ownership.check)
-            return _train(config, folder, record, wired, wanted, clock, device, saver, loaded, signals)
+            return _train(
+                config, folder, record, wired, wanted, clock, device, saver, loaded, signals, ownership.check
+            )
     finally:
         wired.source.close()
 
@@ -138,11 +140,21 @@ def _train(
     saver: Saver,
     loaded: tuple[int, dict[str, Any], dict[str, Any]] | None,
     signals: StopSignals,
+    check: Callable[[], None],
 ) -> int:
     steps = record.steps
     seed_rng(config.run.seed)
     built = [
-        Member(m, wired.source.dims[m.hook], steps, config.train.tokens, config.train.ema, device)
+        Member(
+            m,
+            wired.source.dims[m.hook],
+            steps,
+            config.train.tokens,
+            config.train.ema,
+            device,
+            config.train.spike_sds,
+            config.train.spike_window,
+        )
         for m in wanted
     ]
     autocast = torch.bfloat16 if record.chosen["autocast"] == "bfloat16" else None
@@ -158,10 +170,11 @@ def _train(
         print(f"continuing {folder} from step {state.step} of {steps}", file=sys.stderr)
     record.step, record.tokens = state.step, state.tokens
     record.write(folder)
+    (folder / "checkpoints").mkdir(exist_ok=True)  # before the first number is logged: see `was_trained`
     write_bytes(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(as_tree(config))).encode())
     eval_every = max(steps // 4, 1) if config.eval.every is None else config.eval.every
     with (
-        MetricLog(folder, config.logger, record.config, state.extra.get("log")) as log,
+        MetricLog(folder, config.logger, record.config, state.extra.get("log"), check) as log,
         Progress(config.train.tokens, start_tokens=state.tokens) as progress,
     ):
         with clock.phase("model forward"):
@@ -200,7 +213,7 @@ def _train(
             record.status = status
             record.step, record.tokens = state.step, state.tokens
             if status != "done":
-                record.write(folder)
+                record.write_last(folder, check)
         wired.source.close()  # what is harvested ahead is not needed any more
         progress.phase("evaluating")
         try:
@@ -211,6 +224,12 @@ def _train(
             ) from None
     record.write(folder)
     return 0
+
+
+def was_trained(folder: Path, checkpoints: Path) -> bool:
+    """Whether a run that was killed has got as far as logging, and somebody removed its checkpoints since."""
+    metrics = folder / METRICS_FILE
+    return not checkpoints.exists() and metrics.exists() and metrics.stat().st_size > 0
 
 
 def check(config: Config) -> None:

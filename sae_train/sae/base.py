@@ -153,8 +153,12 @@ class SAE(nn.Module, ABC):
     def before_step(self) -> None:
         """Called when the gradients are complete and before they are clipped and used."""
 
-    def after_step(self) -> None:
-        """Called after the optimizer's step: restores the architecture's constraints."""
+    def after_step(self, skipped: Tensor | None = None) -> None:
+        """Called after the optimizer's step: restores the architecture's constraints.
+
+        Args:
+            skipped: 0-dim bool, on the device; where it is true the step was left out and no bit may change.
+        """
 
     @abstractmethod
     def fold_(self) -> None:

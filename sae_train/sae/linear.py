@@ -108,8 +108,9 @@ class LinearSAE(SAE):
             self.w_dec.grad.addcmul_(parallel, self.w_dec, value=-1)
 
     @torch.no_grad()
-    def after_step(self) -> None:
-        self.w_dec.div_(self.w_dec.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny))
+    def after_step(self, skipped: Tensor | None = None) -> None:
+        norm = self.w_dec.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        self.w_dec.div_(norm if skipped is None else torch.where(skipped, 1.0, norm))
 
     @torch.no_grad()
     def fold_(self) -> None:

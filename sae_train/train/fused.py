@@ -6,7 +6,11 @@
 
 It works on the SAE's own parameters and on the optimizer's own state tensors, so checkpoints are those
 of any other step and a run may go on with either. `AutogradStepper` is the truth that this equals up to
-the order of sums (a skipped step apart, after which only that one renormalises rows of w_dec).
+the order of sums.
+
+What `OptimConfig` has beyond Adam is kept in that state too, with w_enc: `grad_norm` [] by which the next
+step clips if clipping is lagged, `last_step` [F] int32 in which each latent was last caught up if only
+active rows are stepped. Saving does not settle those rows: that would round their second moments once more.
 """
 
 from dataclasses import dataclass
@@ -30,14 +34,17 @@ from sae_train.codes import Codes
 from sae_train.losses import Losses
 from sae_train.sae.base import LinearLatents
 from sae_train.train.members import Member
+from sae_train.train.optim import OptimConfig
 from sae_train.train.stepper import Step, count_skipped
 
 
-def cannot_fuse(member: Member, accumulate: int) -> str | None:
+def cannot_fuse(member: Member, accumulate: int, autocast: torch.dtype | None = None) -> str | None:
     """None, or the reason why steps of this member cannot be fused."""
     form, optimizer = member.sae.latents(), member.optimizer
     if accumulate != 1:
         return f"train.accumulate is {accumulate}, and one batch is one step"
+    if autocast not in (None, torch.bfloat16):
+        return f"matrix products are in {autocast}, and copies of weights only in bfloat16"
     if form is None:
         return f"{member.name} is not a linear SAE with top-k codes"
     own = {id(p) for p in (form.w_enc, form.b_enc, form.w_dec, form.b_dec)}
@@ -66,10 +73,15 @@ class FusedStepper:
 
     Args:
         autocast: bfloat16 keeps copies of both weight matrices in it, and rows and residuals too;
-            None computes everything in float32. Masters and moments are float32 either way.
+            None computes everything in float32. Masters are float32 either way.
+
+    Raises:
+        ValueError: another dtype.
     """
 
     def __init__(self, autocast: torch.dtype | None = None) -> None:
+        if autocast not in (None, torch.bfloat16):
+            raise ValueError(f"autocast is {autocast}: expected None or torch.bfloat16")
         self.autocast = autocast
         self._low: WeakKeyDictionary[Member, dict[str, _LowCopy]] = WeakKeyDictionary()
 
@@ -109,7 +121,12 @@ class FusedStepper:
             terms["auxk"], dead = self._dead(form, member.dead, residual, x)
         group = member.optimizer.param_groups[0]
         beta1, beta2 = group["betas"]
+        kept = member.optimizer.state[form.w_enc]
+        last_norm = kept.get("grad_norm") if config.clip_norm == "lagged" else None
         stats.tokens += n
+        spike = member.spikes.judge(torch.stack([*terms.values()]).sum())
+        kept_residual = residual[0, 0].clone()
+        residual[0, 0] = torch.where(spike, torch.nan, kept_residual)  # one NaN has the whole step left out
         norm = latent_step(
             x,
             residual,
@@ -122,9 +139,15 @@ class FusedStepper:
             centred=form.centred,
             unit_norm=form.unit_norm,
             clip=config.clip,
+            clip_norm=last_norm,
             dead=dead,
             counters=Counters(stats.counts, stats.sums, stats.maxima, stats.last_fired, stats.tokens),
         )
+        if config.clip_norm == "lagged":
+            # A step that was skipped has no norm; after a first one like that the next is not clipped.
+            other = torch.zeros_like(norm) if last_norm is None else last_norm
+            kept["grad_norm"] = torch.where(torch.isfinite(norm), norm, other)
+        residual[0, 0] = kept_residual
         y_hat = torch.addcdiv(batch.y.float(), residual.float(), scale, value=-1)
         return Step(Losses(terms, Codes(values, indices, len(w_enc)), y_hat), batch, norm)
 
@@ -145,13 +168,14 @@ class FusedStepper:
         parameters = [form.w_enc, form.b_enc, form.w_dec, form.b_dec]
         state = member.optimizer.state
         if any(len(state[p]) == 0 for p in parameters):
-            _start(member.optimizer, parameters)
+            _start(member.optimizer, parameters, member.config.optim)
         low = self._low_copies(form, member)
         w_enc, b_enc, w_dec, b_dec = (
             Weight(p.detach(), state[p]["exp_avg"], state[p]["exp_avg_sq"], copy)
             for p, copy in zip(parameters, (low.get("w_enc"), None, low.get("w_dec"), None), strict=True)
         )
-        return Latents(w_enc, b_enc, w_dec, b_dec, step=state[form.w_enc]["step"])
+        of_all = state[form.w_enc]
+        return Latents(w_enc, b_enc, w_dec, b_dec, step=of_all["step"], last_step=of_all.get("last_step"))
 
     def _low_copies(self, form: LinearLatents, member: Member) -> dict[str, Tensor]:
         """Copies of the weight matrices for products, made anew where someone else wrote to the parameter.
@@ -182,17 +206,25 @@ def _state(parameter: nn.Parameter, member: Member) -> tuple[int, int, int]:
     """Changes whenever the parameter does: where it is, writes to it, steps of the schedule.
 
     torch counts writes to a tensor, but fused Adam's own are not among them; every step moves the schedule.
+    Nor are writes through `parameter.data`, in place: they go unseen. Write to the parameter under no_grad.
     """
     return parameter.data_ptr(), parameter._version, member.schedule.last_epoch
 
 
-def _start(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
-    """Give Adam the state that its own first step would give it."""
+def _start(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], config: OptimConfig) -> None:
+    """Give Adam the state that its own first step would give it, in the formats that were asked for."""
     optimizer.zero_grad(set_to_none=True)
     optimizer.step()  # does nothing without gradients, but the schedule looks whether it was called
     for parameter in parameters:
+        # Biases' moments are a D-th of all: nothing to save there.
+        small = config.moments == "bfloat16" and parameter.dim() == 2
+        zeros = torch.zeros_like(parameter, dtype=torch.bfloat16 if small else torch.float32)
         optimizer.state[parameter].update(
             step=torch.zeros((), dtype=torch.float32, device=parameter.device),
-            exp_avg=torch.zeros_like(parameter),
-            exp_avg_sq=torch.zeros_like(parameter),
+            exp_avg=zeros,
+            exp_avg_sq=zeros.clone(),
         )
+    if config.rows == "active":
+        w_enc = parameters[0]
+        last_step = torch.zeros(len(w_enc), dtype=torch.int32, device=w_enc.device)
+        optimizer.state[w_enc]["last_step"] = last_step

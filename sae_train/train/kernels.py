@@ -13,6 +13,7 @@ from sae_train.errors import InputError
 from sae_train.registry import nearest
 from sae_train.train.fused import FusedStepper, cannot_fuse
 from sae_train.train.members import Member
+from sae_train.train.optim import CHOICES
 from sae_train.train.stepper import AutogradStepper, Stepper
 
 logger = logging.getLogger("sae_train.train")
@@ -52,19 +53,24 @@ def choose_stepper(
         autocast: dtype of matrix products, or None for float32.
 
     Raises:
-        InputError: the backend cannot run here, or fused is asked for by name and cannot be had.
+        InputError: the backend cannot run here, or fused steps are asked for, by name or by an option of
+            `optim` that only they have, and cannot be had.
     """
     on_device = members[0].sae.input_scale
     missing = _cannot_run(config.backend, OPS, on_device)
     if missing is not None:
         raise InputError("kernels.backend", config.backend, f"auto, or one that runs here: {missing}")
-    reasons = [why for member in members if (why := cannot_fuse(member, accumulate)) is not None]
+    reasons = [why for member in members if (why := cannot_fuse(member, accumulate, autocast)) is not None]
     if (missing := _cannot_run(config.backend, FUSED_OPS, on_device)) is not None:
         reasons.append(missing)
     if config.stepper == "fused" and reasons:
         raise InputError("kernels.stepper", config.stepper, f"auto or autograd: {reasons[0]}")
     if config.stepper == "autograd" or reasons:
         why = "kernels.stepper=autograd" if config.stepper == "autograd" else reasons[0]
+        for optim in (member.config.optim for member in members):
+            if (key := optim.beyond_adam()) is not None:
+                plain = f"{CHOICES[key][0]}, or fused steps, which cannot be had: {why}"
+                raise InputError(f"optim.{key}", getattr(optim, key), plain)
         logger.info("steps go through autograd: %s", why)
         return AutogradStepper(accumulate, autocast)
     asked = config.stepper == "fused"

@@ -13,7 +13,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from sae_train.batch import Batch, RowBatch
 from sae_train.sae.base import SAE, SAES, SAEConfig
 from sae_train.stats import FeatureStats
-from sae_train.train.optim import OptimConfig, build_optimizer, build_schedule
+from sae_train.train.optim import OptimConfig, build_optimizer, build_schedule, load_optimizer
+from sae_train.train.spikes import SpikeGuard
 
 DEAD_REFRESH_STEPS = 16
 """Steps between looks at which latents are dead. Listing them needs one host synchronisation; a latent
@@ -35,7 +36,15 @@ class Member:
     """One SAE of the run with its optimizer, schedule, statistics and average of weights."""
 
     def __init__(
-        self, config: MemberConfig, d_in: int, steps: int, tokens: int, ema: float, device: torch.device
+        self,
+        config: MemberConfig,
+        d_in: int,
+        steps: int,
+        tokens: int,
+        ema: float,
+        device: torch.device,
+        spike_sds: float = 0.0,
+        spike_window: int = 128,
     ) -> None:
         self.config = config
         self.name, self.hook = config.name, config.hook
@@ -47,6 +56,7 @@ class Member:
         self.dead = torch.zeros(0, dtype=torch.int64, device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+        self.spikes = SpikeGuard(spike_sds, spike_window, device)
         self.ema_decay = ema
         self.average: AveragedModel | None = None
 
@@ -87,6 +97,7 @@ class Member:
             "dead": self.dead,
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
+            "spikes": self.spikes.state_dict(),
         }
         if self.average is not None:
             state["average"] = self.average.state_dict()
@@ -94,13 +105,14 @@ class Member:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.sae.load_state_dict(state["sae"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.stats.load_state_dict(state["stats"])
         device = self.sae.input_scale.device
         self.dead = state["dead"].to(device)
         self.skipped = state["skipped"].to(device)
         self.skipped_in_a_row = state["skipped_in_a_row"].to(device)
+        self.spikes.load_state_dict(state["spikes"])
         self.start_average()
         if self.average is not None:
             self.average.load_state_dict(state["average"])

@@ -1,14 +1,18 @@
 """run.json: what a run is, how far it is, and what decided its bits. Written by rename, never half there."""
 
+import logging
 import platform
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sae_train.errors import InputError
+from sae_train.errors import InputError, StoppedEarly
 from sae_train.files import CorruptFile, read_json, write_json
+
+logger = logging.getLogger("sae_train.train")
 
 FORMAT_VERSION = 1
 MAX_RECORD_BYTES = 4 << 20
@@ -40,6 +44,15 @@ class RunRecord:
 
     def write(self, folder: Path) -> None:
         write_json(folder / "run.json", asdict(self))
+
+    def write_last(self, folder: Path, check: Callable[[], None]) -> None:
+        """Write on the way out of a run that something ended: a folder that is full, gone or another's (which
+        `check` raises) must not hide what that was."""
+        try:
+            check()
+            self.write(folder)
+        except (OSError, StoppedEarly) as error:
+            logger.warning("run.json stays as it was (%s)", error)
 
     @classmethod
     def read(cls, folder: Path) -> "RunRecord | None":

@@ -21,7 +21,7 @@ class Step:
     losses: Losses
     batch: Batch
     grad_norm: Tensor
-    """Scalar, before clipping."""
+    """Scalar, before clipping. NaN for a step that was left out because its loss was a spike."""
 
 
 class Stepper(Protocol):
@@ -44,20 +44,25 @@ class AutogradStepper:
 
     def step(self, member: Member, batch: Batch) -> Step:
         sae, optimizer = member.sae, member.optimizer
+        assert member.config.optim.beyond_adam() is None, "choose_stepper was not asked"
         optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=batch.x.device)
         for x, y in zip(batch.x.chunk(self.accumulate), batch.y.chunk(self.accumulate), strict=True):
             with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
                 losses = sae.losses(Batch(x, y), member.dead)
-            (losses.total * (len(x) / len(batch.x))).backward()
+            share = losses.total * (len(x) / len(batch.x))
+            share.backward()
+            total += share.detach()
             member.stats.update(losses.codes)
         sae.before_step()
         clip = member.config.optim.clip
         parameters = [p for p in sae.parameters() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip is not None else torch.inf)
+        norm = torch.where(member.spikes.judge(total), torch.nan, norm)
         self._skip_when_not_finite(member, norm)
         count_skipped(member, norm)
         optimizer.step()
-        sae.after_step()
+        sae.after_step(skipped=~torch.isfinite(norm))
         member.schedule.step()
         if member.average is not None:
             member.average.update_parameters(sae)

@@ -4,20 +4,24 @@ The loop knows batches, losses and codes. It never asks what kind of SAE it is t
 """
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
 import torch
+from sae_kernels import fallbacks
 
-from sae_train.checkpoint import Checkpointer
+from sae_train import stop
 from sae_train.errors import InputError, NumericsError, StoppedEarly
 from sae_train.log import MetricLog
 from sae_train.losses import fvu
+from sae_train.ranks import any_rank
 from sae_train.train.clock import Clock
 from sae_train.train.members import Member
 from sae_train.train.progress import Progress
+from sae_train.train.saver import Saver
 from sae_train.train.state import TrainState
 from sae_train.train.stepper import Step, Stepper
 
@@ -39,6 +43,11 @@ class TrainConfig:
     """Micro-batches per step, to fit large batches in memory."""
     autocast: str = "auto"
     """Matrix products in bfloat16 (auto: where the hardware has it) or float32; masters are float32."""
+    spike_sds: float = 6.0
+    """A step is left out if its loss is this many standard deviations above the mean of the last
+    spike_window ones; 0 is off."""
+    spike_window: int = 128
+    """Losses that a spike is told by; the first ones of a run never are one."""
     ema: float = 0.0
     """Decay of an average of weights that is evaluated and published instead of the last ones; 0 is off."""
 
@@ -56,6 +65,10 @@ class TrainConfig:
             )
         if self.autocast not in ("auto", "bfloat16", "float32"):
             raise InputError("train.autocast", self.autocast, "auto, bfloat16 or float32")
+        if not 0 <= self.spike_sds < math.inf:
+            raise InputError("train.spike_sds", self.spike_sds, "a number of at least 0 (0 is off)")
+        if self.spike_window < 2:
+            raise InputError("train.spike_window", self.spike_window, "a whole number of at least 2")
         if not 0 <= self.ema < 1:
             raise InputError("train.ema", self.ema, "a number in [0, 1)")
 
@@ -72,26 +85,26 @@ class Trainer:
         stepper: how one step of one member is done.
         clock: where the time goes.
         log, progress: what people see.
-        checkpointer: where the state is committed.
+        saver: commits the state.
         evaluate: judges a member on held-out rows; None leaves evaluation out.
-        should_stop: asked after each step; a reason ends the run early, saved.
         log_every, eval_every, save_every: steps; 0 is never.
-        run_meta: JSON-able facts about the run stored with every checkpoint.
+        agree: whether any of the processes that train together says yes; asked once per step.
     """
 
     stepper: Stepper
     clock: Clock
     log: MetricLog
     progress: Progress
-    checkpointer: Checkpointer
+    saver: Saver
     evaluate: Callable[[Member], dict[str, float]] | None
-    should_stop: Callable[[], str | None]
     batch_tokens: int
     log_every: int
     eval_every: int
     save_every: int
-    run_meta: dict[str, Any]
+    agree: Callable[[bool], bool] = any_rank
     process: psutil.Process = field(default_factory=psutil.Process)
+    fallbacks_seen: dict[str, int] = field(default_factory=fallbacks)
+    """Of the kernels, in this process, at the last log line; the next one shows what came since."""
     allow_short: bool = False
     """End well, with a warning, when the data ends before the last step."""
 
@@ -99,50 +112,72 @@ class Trainer:
         """Train until `state.step == steps`.
 
         Raises:
-            StoppedEarly: a stop was asked for, or the data is out of reach; the state is saved.
+            Interrupted: a stop was asked for; the state is saved.
+            StoppedEarly: the data, or the device that saves, is out of reach; saved as far as that goes.
             InputError: the data ended early or is damaged; the state is saved.
-            NumericsError: too many steps in a row without finite gradients.
+            NumericsError: too many steps in a row without finite gradients; the last good checkpoint is kept.
         """
-        while state.step < steps:
-            try:
-                with self.clock.phase("rows"):
-                    rows = state.source.next_batch()
-            except (StoppedEarly, InputError):
-                if state.step > 0:
-                    self.save(state)
-                raise
-            if rows is None:
+        try:
+            self._fit(state, steps)
+        except stop.Interrupted as error:
+            self.save(state)
+            raise stop.Interrupted(
+                f"{error}: saved at step {state.step}; the same command continues from there"
+            ) from None
+        except (StoppedEarly, InputError):
+            # Those of the data. Where saving itself is what failed there is nothing left to try.
+            if self.saver.failures == 0 and state.step > 0:
                 self.save(state)
-                if self.allow_short:
-                    logger.warning("the data ended at step %d of %d; the run ends there", state.step, steps)
-                    return
-                raise InputError(
-                    "train.tokens",
-                    steps * self.batch_tokens,
-                    f"at most the {state.tokens} rows that the data gave (saved at step {state.step}); "
-                    "with more passes (corpus.epochs or source.epochs) or corpus.allow_short=true it goes on",
-                )
+            raise
+        except NumericsError:
+            self.saver.join()  # an earlier, good state may be on its way to the disk
+            raise
+
+    def _fit(self, state: TrainState, steps: int) -> None:
+        due = state.step == 0  # a disk that takes no checkpoint is found out now, not in an hour
+        if self._is_judged_at(state.step, steps) and state.extra.get("judged") != state.step:
+            self.judge(state)  # the earlier leg was stopped before it could
+        while state.step < steps:
+            due = not self.saver.poll() or due
+            if due and self.saver.idle:
+                self._start_saving(state)
+                due = False
+            with self.clock.phase("rows"):
+                rows = state.source.next_batch()
+            if rows is None:
+                self._end_of_data(state, steps)
+                return
             with self.clock.phase("SAE step"):
                 done = [self._step(member, member.batch(rows), state.step) for member in state.members]
+                state.ledger.add(rows.ids)
             state.step += 1
             state.tokens += len(rows.ids)
             last = state.step == steps
             if last or (self.log_every and state.step % self.log_every == 0):
                 self._observe(state, done)
-            if (
-                self.evaluate is not None
-                and self.eval_every
-                and not last
-                and state.step % self.eval_every == 0
-            ):
+            if self._is_judged_at(state.step, steps):
                 self.judge(state)
-            stop = self.should_stop()
-            if last or stop is not None or (self.save_every and state.step % self.save_every == 0):
-                self.save(state)
-            if stop is not None and not last:
-                raise StoppedEarly(
-                    f"{stop}: saved at step {state.step}; the same command continues from there"
-                )
+            if self.agree(stop.reason() is not None) and not last:
+                raise stop.Interrupted(stop.reason() or "another process was asked to stop")
+            due = due or bool(self.save_every and state.step % self.save_every == 0)
+        self.save(state)
+
+    def _is_judged_at(self, step: int, steps: int) -> bool:
+        """Whether members are evaluated after this step. The end of a run has its own, larger evaluation."""
+        wanted = self.evaluate is not None and self.eval_every > 0
+        return wanted and 0 < step < steps and step % self.eval_every == 0
+
+    def _end_of_data(self, state: TrainState, steps: int) -> None:
+        if self.allow_short:
+            self.save(state)
+            logger.warning("the data ended at step %d of %d; the run ends there", state.step, steps)
+            return
+        raise InputError(
+            "train.tokens",
+            steps * self.batch_tokens,
+            f"at most the {state.tokens} rows that the data gave (saved at step {state.step}); "
+            "with more passes (corpus.epochs or source.epochs) or corpus.allow_short=true it goes on",
+        )
 
     def _step(self, member: Member, batch: Any, step: int) -> Step:
         member.refresh_dead(step)
@@ -162,11 +197,14 @@ class Trainer:
             scalars["lr"] = float(member.schedule.get_last_lr()[0])
             scalars["grad_norm"] = float(step.grad_norm)
             scalars["skipped_steps"] = float(member.skipped)
+            scalars["loss_spikes"] = float(member.spikes.spikes)
             shown[member.name] = scalars
         flat = {f"{name}/{key}": value for name, scalars in shown.items() for key, value in scalars.items()}
         flat["seconds"] = self.clock.total()
         flat["tokens_per_s"] = state.tokens / flat["seconds"]
         flat["rss_bytes"] = float(self.process.memory_info().rss)
+        before, self.fallbacks_seen = self.fallbacks_seen, fallbacks()
+        flat |= {f"kernels/{name}": float(n - before.get(name, 0)) for name, n in self.fallbacks_seen.items()}
         self.log.write(state.step, state.tokens, flat)
         self.progress.update(state.step, state.tokens, shown)
         for member in state.members:
@@ -188,21 +226,23 @@ class Trainer:
             f"{name}/heldout/{key}": value for name, numbers in out.items() for key, value in numbers.items()
         }
         self.log.write(state.step, state.tokens, flat)
+        state.extra["judged"] = state.step
         self.progress.phase("training")
         return out
 
     def save(self, state: TrainState) -> None:
-        """Commit the state of this step."""
+        """Commit the state of this step before anything else happens."""
         self.progress.phase("saving")
         with self.clock.phase("checkpoint"):
-            state.extra["log"] = self.log.state_dict()
-            state.extra["clock"] = self.clock.state_dict()
-            state.extra["producer"] = dict(state.source.seconds)
-            try:
-                self.checkpointer.save(state.step, state.state_dict(), self.run_meta)
-            except OSError as error:
-                raise StoppedEarly(
-                    f"step {state.step} could not be saved ({error}); the checkpoints before it are whole: "
-                    "make room, and the same command continues from the newest"
-                ) from error
+            self.saver.now(state.step, self._gather(state))
         self.progress.phase("training")
+
+    def _start_saving(self, state: TrainState) -> None:
+        with self.clock.phase("checkpoint"):
+            self.saver.start(state.step, self._gather(state))
+
+    def _gather(self, state: TrainState) -> dict[str, Any]:
+        state.extra["log"] = self.log.state_dict()
+        state.extra["clock"] = self.clock.state_dict()
+        state.extra["producer"] = dict(state.source.seconds)
+        return state.state_dict()

@@ -30,6 +30,7 @@ from sae_train.train.kernels import KernelsConfig, choose_stepper
 from sae_train.train.members import Member, MemberConfig
 from sae_train.train.optim import OptimConfig
 from sae_train.train.stepper import AutogradStepper, Step, Stepper
+from sae_train.train.trainer import TrainConfig
 
 D, F, N, K, STEPS, LR = 12, 64, 96, 4, 60, 3e-3
 EPS = 2.0**-24
@@ -207,7 +208,9 @@ def test_two_fused_runs_give_the_same_bits(autocast):
     assert_same_bits(one, three)
 
 
-@pytest.mark.parametrize("writer", ["load_state_dict", "initialise", "autograd step"])
+@pytest.mark.parametrize(
+    "writer", ["load_state_dict", "initialise", "autograd step", "no_grad", "another tensor"]
+)
 def test_bfloat16_copies_follow_weights_that_someone_else_wrote(writer):
     member, stepper = make_member(), FusedStepper(torch.bfloat16)
     train(member, stepper, 0, 3)
@@ -217,6 +220,11 @@ def test_bfloat16_copies_follow_weights_that_someone_else_wrote(writer):
         member.load_state_dict(copy.deepcopy(other.state_dict()))
     elif writer == "initialise":
         member.initialise({"h": rows(7)})
+    elif writer == "no_grad":
+        with torch.no_grad():
+            member.sae.w_enc *= 1.5
+    elif writer == "another tensor":
+        member.sae.w_enc.data = member.sae.w_enc.data * 1.5
     else:
         train(member, AutogradStepper(), 3, 4)
     fresh = make_member()
@@ -321,6 +329,16 @@ def test_every_registered_activation_has_a_closed_form_or_says_that_it_has_none(
         config = LinearConfig(d_sae=F, activation=ACTIVATIONS.config(name)())
         member = Member(MemberConfig("main", "h", 0, config, OptimConfig()), D, 9, 9 * N, 0.0, DEVICE)
         assert (cannot_fuse(member, 1) is None) == (name == "topk")
+
+
+def test_float16_products_are_refused_by_the_configuration_and_by_fused_steps():
+    with pytest.raises(InputError, match=r"train\.autocast='float16'.*auto, bfloat16 or float32"):
+        TrainConfig(autocast="float16")
+    with pytest.raises(ValueError, match=r"autocast is torch\.float16: expected None or torch\.bfloat16"):
+        FusedStepper(torch.float16)
+    with pytest.raises(InputError, match=r"kernels\.stepper='fused'.*matrix products are in torch\.float16"):
+        choose_stepper(KernelsConfig(stepper="fused"), [make_member()], 1, torch.float16)
+    assert isinstance(choose_stepper(KernelsConfig(), [make_member()], 1, torch.float16), AutogradStepper)
 
 
 @pytest.mark.parametrize("wrong", [{"backend": "tritn"}, {"stepper": "fast"}])
