@@ -22,8 +22,11 @@ VERBS = {
 }
 
 
-DEVICE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE}
-"""Of a disk that is full or fails, wherever it is met: writing a report, a record, a picture."""
+OUTSIDE_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE),
+    *(errno.EMFILE, errno.ENFILE),
+}
+"""Of a disk that is full or fails, or a process out of descriptors, wherever that is met."""
 M_ARENA_MAX = -8
 """glibc's number for the most arenas that malloc may use."""
 
@@ -76,12 +79,12 @@ def main(argv: list[str] | None = None) -> int:
         )
         return InputError.exit_code
     except OSError as error:
-        if error.errno not in DEVICE_ERRORS:
+        if error.errno not in OUTSIDE_ERRORS:
             raise
         print(
             printable(
-                f"sae-train {verb}: {error}; what was saved before is whole: make room, and the same command "
-                "continues"
+                f"sae-train {verb}: {error}; what was saved before is whole: once that is mended, the same "
+                "command continues"
             ),
             file=sys.stderr,
         )

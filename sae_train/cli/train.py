@@ -65,15 +65,16 @@ def _run(
 ) -> int:
     record = RunRecord.read(folder)
     tree = as_tree(config) | {"members": {m.name: as_tree(m) for m in wanted}}
+    defaults = as_tree(Config())
     checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint.keep, ownership.check)
     if record is not None:
-        check_resume(record.config, tree)
+        check_resume(record.config, tree, defaults)
         if record.status == "done":
             print(f"{folder} is finished ({record.step} steps); its report is {folder / 'report.html'}")
             return 0
     loaded = checkpointer.load()
     if loaded is not None:
-        check_resume(loaded[2]["config"], tree)
+        check_resume(loaded[2]["config"], tree, defaults)
     elif record is not None and (record.step > 0 or was_trained(folder, checkpointer.folder)):
         raise InputError(
             "checkpoints",

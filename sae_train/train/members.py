@@ -112,7 +112,8 @@ class Member:
         self.dead = state["dead"].to(device)
         self.skipped = state["skipped"].to(device)
         self.skipped_in_a_row = state["skipped_in_a_row"].to(device)
-        self.spikes.load_state_dict(state["spikes"])
+        if "spikes" in state:  # older checkpoints have none
+            self.spikes.load_state_dict(state["spikes"])
         self.start_average()
         if self.average is not None:
             self.average.load_state_dict(state["average"])

@@ -6,6 +6,7 @@ trained, so the run is refused and asked for a folder of its own.
 """
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,16 +48,23 @@ def classify(key: str) -> str:
     return "refused"
 
 
-def check_resume(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+def check_resume(
+    old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> None:
     """Compare the configuration a run was started with to the one it is asked to continue with.
+
+    Args:
+        old, new: the two, as trees.
+        defaults: this release's; a key that the run's own release did not know had that value.
 
     Raises:
         InputError: a field that changes what is trained differs; names it with both values.
     """
-    was, now = flatten(old), flatten(new)
+    was, now, default = flatten(old), flatten(new), flatten(defaults or {})
     # A member repeats what the run says; the run's own key is the one the user knows.
     for key in sorted(was.keys() | now.keys(), key=lambda key: (key.startswith("members."), key)):
-        before, after = was.get(key), now.get(key)
+        own = re.sub(r"^members\.[^.]+\.", "", key)
+        before, after = was.get(key, default.get(own)), now.get(key)
         if before == after:
             continue
         kind = classify(key)

@@ -37,7 +37,8 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.ledger.value = state["ledger"]
+        if "ledger" in state:  # older checkpoints have none: it is then of later rows only
+            self.ledger.value = state["ledger"]
         self.step, self.tokens = int(state["step"]), int(state["tokens"])
         for member in self.members:
             member.load_state_dict(state["members"][member.name])
@@ -47,8 +48,10 @@ class TrainState:
 
 
 def seed_rng(seed: int) -> None:
-    """Seed the generators that `rng_state` reads. Nothing of ours draws from them; what a plug-in draws is then
-    a function of the seed too."""
+    """Seed the generators that `rng_state` reads.
+
+    Nothing of ours draws from them; what a plug-in draws is then a function of the seed too.
+    """
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)

@@ -267,6 +267,15 @@ def test_a_resume_with_another_recipe_is_refused_and_names_both_values():
         check_resume(old, {"optim": {"lr": 2e-3}, "logger": {"wandb": False}})
 
 
+def test_a_key_that_the_run_s_release_did_not_know_had_its_default():
+    old, defaults = {"optim": {"lr": 1e-3}}, {"optim": {"lr": None, "moments": "float32"}}
+    new = {"optim": {"lr": 1e-3, "moments": "float32"}}
+    check_resume(old | {"members": {"m": old}}, new | {"members": {"m": new}}, defaults)
+    new["optim"]["moments"] = "bfloat16"
+    with pytest.raises(InputError, match=r"optim\.moments='bfloat16'.*'float32'"):
+        check_resume(old, new, defaults)
+
+
 def test_a_resume_on_changed_data_is_refused():
     with pytest.raises(InputError, match=r"corpus.*xxh3:1"):
         check_fingerprint({"corpus": "xxh3:1"}, {"corpus": "xxh3:2"})
