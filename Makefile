@@ -29,7 +29,7 @@ PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install $(QUIET)
 KEY := $(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 READY := $(VENV)/.installed-$(KEY)
 
-# What `make bench-cpu` and `make bench-gpu` compare with: each in an environment of its own, for their requirements conflict,
+# What `make bench-cpu` and `bench-gpu` compare with: each in an environment of its own, for their requirements conflict,
 # and with the torch of constraints.txt. dictionary_learning never uses the torchvision that it asks for, and
 # cannot be imported where that is built for another torch.
 BENCH := .venv-bench

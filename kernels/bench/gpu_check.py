@@ -8,7 +8,8 @@ at most about m * EPS of the sum of magnitudes. Tensor cores may cut where a CPU
 
 import torch
 from gpu_problem import CHUNK, Problem
-from sae_kernels import AdamStep, Latents
+from gpu_state import master_rows
+from sae_kernels import AdamStep, DeadGrads, Latents
 from torch import Tensor
 
 EPS = 2.0**-24
@@ -19,6 +20,13 @@ PICKED = 64  # latents whose Adam step is checked, of each kind
 
 class Wrong(Exception):
     """An op whose result is off: it must not be timed."""
+
+
+def pick(counts: Tensor) -> Tensor:
+    """Latents that fire often, now and then, and hardly or never, from their counts [F]."""
+    often = counts.argsort(descending=True, stable=True)
+    middle = int((counts > 0).sum()) // 2
+    return torch.cat([often[:PICKED], often[middle : middle + PICKED], often[-PICKED:]]).unique()
 
 
 def check_encode(
@@ -42,8 +50,8 @@ def check_encode(
     limit = 2 * p.d * EPS * (xs.norm(dim=1, keepdim=True) * longest + b.abs().max().double())
     off = float(((got - scores.clamp_min(0)).abs() / limit).max())
     worse = float(((kth - scores.clamp_min(0)) / limit).max())  # a chosen latent below the k-th best
-    _refuse("topk_encode: a value", off, 1.0)
-    _refuse("topk_encode: a chosen latent is below the k-th largest", worse, 2.0)
+    refuse("topk_encode: a value", off, 1.0)
+    refuse("topk_encode: a chosen latent is below the k-th largest", worse, 2.0)
     return {"values": off, "choice": max(0.0, worse)}
 
 
@@ -63,16 +71,16 @@ def check_decode(
     want_dots = torch.einsum("nd,nkd->nk", residual, gathered)  # of the residual as it was rounded
     terms = max(p.k, p.d)
     found = {
-        "residual": _rms(residual, exact),
+        "residual": rms(residual, exact),
         "loss": float(((loss - exact.square().sum(dim=1)) / exact.square().sum(dim=1)).abs().max()),
-        "dots": _rms(dots, want_dots),
+        "dots": rms(dots, want_dots),
     }
     # What is subtracted is larger than what remains: errors of the sums grow by the ratio of their norms.
     growth = float(y[rows].double().norm() / exact.norm())
-    _refuse("decode_residual: residual", found["residual"], BF16_EPS + 4 * p.k * EPS * (1 + growth))
-    _refuse("decode_residual: loss", found["loss"], 8 * terms * EPS * (1 + growth))
+    refuse("decode_residual: residual", found["residual"], BF16_EPS + 4 * p.k * EPS * (1 + growth))
+    refuse("decode_residual: loss", found["loss"], 8 * terms * EPS * (1 + growth))
     dots_growth = float(residual.norm() * gathered.norm() / len(rows) ** 0.5 / want_dots.norm())
-    _refuse("decode_residual: dots", found["dots"], 4 * terms * EPS * (1 + dots_growth))
+    refuse("decode_residual: dots", found["dots"], 4 * terms * EPS * (1 + dots_growth))
     return found
 
 
@@ -89,20 +97,20 @@ class StepCheck:
         dots: Tensor,
         latents: Latents,
         scale: float,
+        dead: DeadGrads | None = None,
     ) -> None:
         self.p = p
-        self.before = latents
         device = x.device
         flat, row = indices.reshape(-1).long(), torch.arange(p.n, device=device).repeat_interleave(p.k)
         z, live = values.reshape(-1).double(), values.reshape(-1) != 0
         dz = torch.where(live, scale * dots.reshape(-1).double(), 0)
         self.counts = torch.bincount(flat[live], minlength=p.f)
-        often = self.counts.argsort(descending=True, stable=True)
-        num_active = int((self.counts > 0).sum())
-        middle = often[num_active // 2 : num_active // 2 + PICKED]
-        self.picked = torch.cat([often[:PICKED], middle, often[-PICKED:]]).unique()
-
+        self.picked = pick(self.counts)
+        self.active = self.counts > 0  # what a lazy step may not leave alone
         d_b_enc = torch.zeros(p.f, dtype=torch.float64, device=device).index_add_(0, flat, dz)
+        if dead is not None:
+            d_b_enc.index_add_(0, dead.latents, dead.b_enc.double())
+            self.active[dead.latents] = True
         total = d_b_enc.square().sum()
         removed = along_picked = torch.zeros_like(total)
         d_b_dec = scale * residual.double().sum(dim=0)
@@ -122,7 +130,11 @@ class StepCheck:
                 at, of = flat[part] - start, row[part]
                 enc.index_add_(0, at, dz[part, None] * x[of].double())
                 dec.index_add_(0, at, scale * z[part, None] * residual[of].double())
-            w_enc, w_dec = (self._master(w, slice(start, stop)) for w in (latents.w_enc, latents.w_dec))
+            if dead is not None:
+                here = ((dead.latents >= start) & (dead.latents < stop)).nonzero().squeeze(1)
+                enc.index_add_(0, dead.latents[here] - start, dead.w_enc[here].double())
+                dec.index_add_(0, dead.latents[here] - start, dead.w_dec[here].double())
+            w_enc, w_dec = (master_rows(w, slice(start, stop)) for w in (latents.w_enc, latents.w_dec))
             d_b_dec -= d_b_enc[start:stop] @ w_enc
             along = (dec * w_dec).sum(dim=1, keepdim=True) * w_dec
             removed = removed + along.square().sum()
@@ -142,16 +154,9 @@ class StepCheck:
         self.kept = {name: self._rows(latents, name) for name in ("w_enc", "w_dec", "b_enc", "b_dec")}
         self.step = float(latents.step)
 
-    def _master(self, weight: object, rows: object) -> Tensor:
-        value, remainder = weight.value[rows], weight.remainder
-        if remainder is None:
-            return value.double()
-        bits = (value.contiguous().view(torch.int16).int() << 16) + remainder[rows].int()
-        return bits.view(torch.float32).double()
-
     def _rows(self, latents: Latents, name: str) -> tuple[Tensor, Tensor, Tensor]:
         weight, rows = getattr(latents, name), slice(None) if name == "b_dec" else self.picked
-        return self._master(weight, rows), weight.first[rows].double(), weight.second[rows].double()
+        return master_rows(weight, rows), weight.first[rows].double(), weight.second[rows].double()
 
     def compare(
         self,
@@ -166,7 +171,7 @@ class StepCheck:
         busiest = int(self.counts.max())
         terms = max(busiest, p.d)
         found = {"norm": abs(float(norm) / self.norm - 1)}
-        _refuse("latent_step: gradient norm", found["norm"], 16 * terms * EPS + self.leftover)
+        refuse("latent_step: gradient norm", found["norm"], 16 * terms * EPS + self.leftover)
         limited = self.norm if clip_norm is None else clip_norm
         factor = 1.0 if clip is None else min(1.0, clip / (limited + 1e-6))
         step = self.step + 1
@@ -186,7 +191,7 @@ class StepCheck:
                 want = want / want.norm(dim=1, keepdim=True)
             still = latents.last_step is not None and name != "b_dec"
             if still:  # rows that were not active are left as they are
-                idle = self.counts[self.picked] == 0
+                idle = ~self.active[self.picked]
                 idle = idle.unsqueeze(1) if grad.dim() == 2 else idle
                 want, want_first, want_second = (
                     torch.where(idle, a, b)
@@ -201,17 +206,17 @@ class StepCheck:
             found[name] = float((got[0] - want).norm()) / max(moved, 1e-30)
             # The parameter itself is rounded to float32 after the update.
             rounding = EPS * float(want.norm()) / max(moved, 1e-30)
-            _refuse(f"latent_step: update of {name}", found[name], limit + 4 * rounding)
+            refuse(f"latent_step: update of {name}", found[name], limit + 4 * rounding)
             for which, a, b in (("first", got[1], want_first), ("second", got[2], want_second)):
-                found[f"{name}.{which}"] = _rms(a, b)
-                _refuse(f"latent_step: {which} moment of {name}", found[f"{name}.{which}"], limit)
+                found[f"{name}.{which}"] = rms(a, b)
+                refuse(f"latent_step: {which} moment of {name}", found[f"{name}.{which}"], limit)
         return found
 
 
-def _rms(got: Tensor, want: Tensor) -> float:
+def rms(got: Tensor, want: Tensor) -> float:
     return float((got - want).norm() / want.norm().clamp_min(1e-30))
 
 
-def _refuse(what: str, off: float, limit: float) -> None:
+def refuse(what: str, off: float, limit: float) -> None:
     if not off <= limit:
         raise Wrong(f"{what} is off by {off:.2e}, where {limit:.2e} is allowed")

@@ -3,63 +3,100 @@
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 from gpu_problem import Problem
 
+CEILING_S = 2.0  # longest measurement of one ceiling
+SETTLE = 2  # untimed steps at the start of a round: caches and clocks are another implementation's
+
+
+Part = Callable[[int], object]
+
+
+@dataclass
+class Prepared:
+    """What can be timed, by name; what is known already; what is known when timing is over."""
+
+    parts: dict[str, Part]
+    found: dict[str, Any]
+    finish: Callable[[], dict[str, Any]] = field(default=dict)
+
 
 @dataclass(frozen=True)
 class Clock:
-    """Times in milliseconds; on a CPU they are those of an interpreter and say nothing about any device."""
+    """Times in milliseconds; on a CPU they say nothing about any GPU."""
 
     device: str
-    warmup: int = 20
-    repeats: int = 100
 
     def wait(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
 
-    def measure(self, run: Callable[[int], object], limit_s: float = 10.0) -> dict[str, float]:
-        """Median, 10th and 90th percentile of run(i), i = 0, 1 ...; fewer repeats if they would take long."""
+    def once(self, run: Callable[[int], object]) -> float:
+        """Milliseconds of one call, by the host's clock."""
         self.wait()
         start = time.perf_counter()
         run(0)
         self.wait()
-        each = time.perf_counter() - start
-        warmup = max(min(1, self.warmup), min(self.warmup, int(limit_s / 6 / each)))
-        repeats = max(min(3, self.repeats), min(self.repeats, int(limit_s / each)))
-        for i in range(warmup):
-            run(i)
-        times = self._events(run, repeats) if self.device == "cuda" else self._walls(run, repeats)
-        times.sort()
-        cut = len(times) // 10
-        return {
-            "median": statistics.median(times),
-            "p10": times[cut],
-            "p90": times[-1 - cut],
-            "repeats": len(times),
-        }
+        return (time.perf_counter() - start) * 1e3
 
-    def _events(self, run: Callable[[int], object], repeats: int) -> list[float]:
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-        self.wait()
-        events[0].record()
-        for i in range(repeats):
-            run(i)
-            events[i + 1].record()
-        self.wait()
-        return [a.elapsed_time(b) for a, b in pairwise(events)]
+    def steps(self, run: Callable[[int], object], count: int, first: int = 0) -> tuple[list[float], float]:
+        """Times of run(first) to run(first + count - 1), and the host's own time per step.
 
-    def _walls(self, run: Callable[[int], object], repeats: int) -> list[float]:
-        times = []
-        for i in range(repeats):
+        The device's time runs from event to event, so what the host adds shows where the device waits."""
+        if self.device == "cuda":
+            for i in range(SETTLE):
+                run(first + i)
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+            self.wait()
             start = time.perf_counter()
-            run(i)
+            events[0].record()
+            for i in range(count):
+                run(first + i)
+                events[i + 1].record()
+            host = (time.perf_counter() - start) * 1e3 / count
+            self.wait()
+            return [a.elapsed_time(b) for a, b in pairwise(events)], host
+        times = []
+        for i in range(count):
+            start = time.perf_counter()
+            run(first + i)
             times.append((time.perf_counter() - start) * 1e3)
-        return times
+        return times, statistics.fmean(times)
+
+    def rate(self, run: Callable[[int], object]) -> float:
+        """Median milliseconds of a short operation, after warming up."""
+        each, most_s = self.once(run) / 1e3, CEILING_S if self.device == "cuda" else 0.1
+        for i in range(max(1, min(20, int(most_s / 6 / each)))):
+            run(i)
+        return statistics.median(self.steps(run, max(3, min(100, int(most_s / each))))[0])
+
+
+def peak_bytes(step: Part, device: str) -> int | None:
+    """The most of a GPU's memory that tensors take during a step, batches included."""
+    if device != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    step(0)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
+
+
+def summary(rounds: list[list[float]]) -> dict[str, object]:
+    """Of all steps of all rounds, and each round's median, in which drift would show."""
+    times = sorted(t for part in rounds for t in part)
+    cut = len(times) // 10
+    return {
+        "median": statistics.median(times),
+        "p10": times[cut],
+        "p90": times[-1 - cut],
+        "repeats": len(times),
+        "rounds": [round(statistics.median(part), 5) for part in rounds],
+    }
 
 
 def gemm_tflops(clock: Clock, n: int, d: int, f: int) -> float:
@@ -72,14 +109,14 @@ def gemm_tflops(clock: Clock, n: int, d: int, f: int) -> float:
         for rows in w.split(part):
             torch.mm(x, rows.T, out=out[:, : len(rows)] if len(rows) < out.shape[1] else out)
 
-    return 2 * n * d * f / clock.measure(run)["median"] / 1e9
+    return 2 * n * d * f / clock.rate(run) / 1e9
 
 
 def copy_gb_s(clock: Clock, size: int) -> float:
     """Bytes read and written per second by a copy of `size` bytes."""
     a = torch.empty(size, dtype=torch.uint8, device=clock.device)
     b = torch.empty_like(a)
-    return 2 * size / clock.measure(lambda i: b.copy_(a))["median"] / 1e6
+    return 2 * size / clock.rate(lambda i: b.copy_(a)) / 1e6
 
 
 def gather_gb_s(clock: Clock, rows: int, width: int, slots: int) -> float:
@@ -87,7 +124,7 @@ def gather_gb_s(clock: Clock, rows: int, width: int, slots: int) -> float:
     table = torch.randn(rows, width, device=clock.device).bfloat16()
     bags = max(1, min(slots // 64, 4096))
     index = torch.randint(rows, (bags, 64), device=clock.device)
-    ms = clock.measure(lambda i: torch.nn.functional.embedding_bag(index, table, mode="sum"))["median"]
+    ms = clock.rate(lambda i: torch.nn.functional.embedding_bag(index, table, mode="sum"))
     return bags * 64 * width * 2 / ms / 1e6
 
 
