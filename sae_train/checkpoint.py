@@ -11,7 +11,7 @@ import math
 import os
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,11 +61,12 @@ class Checkpointer:
     Args:
         folder: holds `step-*` folders and nothing else of ours; made by the first save.
         keep: newest whole checkpoints kept after each save. Damaged ones neither count nor get deleted.
+        check: asked just before a step gets its name; raises if the run folder is not ours any more.
     """
 
-    def __init__(self, folder: Path, keep: int = 3) -> None:
+    def __init__(self, folder: Path, keep: int = 3, check: Callable[[], None] = lambda: None) -> None:
         assert keep >= 2, keep
-        self.folder, self.keep = Path(folder), keep
+        self.folder, self.keep, self._check = Path(folder), keep, check
         self._current: int | None = None  # the step this process last saved or loaded from this folder
         self._whole: dict[int, bool] = {}  # verdict on the steps this process has verified
         self._saved = False
@@ -114,7 +115,7 @@ class Checkpointer:
         if not self._saved:  # not earlier: a process that only reads must not remove a live writer's files
             remove_leftovers(self.folder)
         self._clear_way(step)
-        with committed_folder(target, KIND, {"step": step, "run": dict(meta)}) as temp:
+        with committed_folder(target, KIND, {"step": step, "run": dict(meta)}, self._check) as temp:
             write_tensors(temp / "state.safetensors", tensors)
             write_json(temp / "state.json", tree)
         self._current, self._saved = step, True

@@ -16,8 +16,9 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,17 @@ FORMAT = 1
 MANIFEST = "MANIFEST.json"
 MAX_JSON_BYTES = 64 * 2**20
 """Parsed JSON takes tens of times its size in memory; nothing this package writes comes near."""
+MAX_JSON_DEPTH = 64
+"""Ours is nested a quarter as deep. What walks it afterwards may recurse without a thought."""
+MAX_MANIFEST_BYTES = 2 * 2**20
+"""Parsed before any digest can vouch for it. 2 MiB of `{}` come to 50 MB; ours has kilobytes."""
+MAX_FILES = 1000
+"""Files in a committed folder; ours hold two or three."""
+MAX_HEADER_BYTES = 2**20
+"""Of a safetensors file from anyone: some 10,000 tensors. safetensors itself reads up to 100 MB."""
+MEMORY_BYTES = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+LIES = (RuntimeError, OverflowError, ValueError, TypeError, KeyError, AttributeError)
+"""What torch raises for shapes and dtypes that a header may state and no tensor can have."""
 
 
 class CorruptFile(ValueError):
@@ -110,7 +122,7 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
     """Parse a JSON file that may come from anyone.
 
     Raises:
-        CorruptFile: not a regular file, larger than `max_bytes`, not UTF-8 JSON, nested too
+        CorruptFile: a link or no regular file, larger than `max_bytes`, not UTF-8 JSON, nested too
             deeply, a key given twice, NaN or an infinity.
         FileNotFoundError: there is no such file.
     """
@@ -121,7 +133,7 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> Any:
 
 
 def _regular_size(path: Path) -> int:
-    status = path.stat()
+    status = path.lstat()  # a stranger's link may lead to any file of this machine
     if not stat.S_ISREG(status.st_mode):
         raise CorruptFile(path, "not a regular file")
     return status.st_size
@@ -137,9 +149,38 @@ def _parse(path: Path, raw: bytes) -> Any:
         raise ValueError(f"{constant} is not a JSON number")
 
     try:
-        return json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=refuse)
+        value = json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         raise CorruptFile(path, f"not valid JSON: {error}") from error
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH + 1):
+        if not level:
+            return value
+        level = [child for node in level if isinstance(node, dict | list) for child in _children(node)]
+    raise CorruptFile(path, f"JSON nested deeper than {MAX_JSON_DEPTH}")
+
+
+def _children(node: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return node.values() if isinstance(node, dict) else node
+
+
+def check_header(path: Path, max_bytes: int = MAX_HEADER_BYTES) -> None:
+    """Refuse what safetensors would accept: a header of up to 100 MB, and a name given twice.
+
+    Raises:
+        CorruptFile: a link or no regular file, a header of more than `max_bytes`, or one that is no JSON.
+        FileNotFoundError: there is no such file.
+    """
+    _regular_size(path)
+    with open(path, "rb") as file:
+        size_bytes = int.from_bytes(file.read(8), "little")
+        if size_bytes > max_bytes:
+            raise CorruptFile(path, f"{size_bytes} bytes of header, at most {max_bytes} are read")
+        header = file.read(size_bytes)
+    try:
+        _parse(path, header)
+    except CorruptFile as error:
+        raise CorruptFile(path, f"its header is {error.reason}") from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -170,31 +211,42 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             raise OSError(number, f"{os.strerror(number)} ({error})", str(path)) from error
 
 
-def read_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+def read_tensors(
+    path: Path, device: str | torch.device = "cpu", max_header_bytes: int = MAX_JSON_BYTES
+) -> dict[str, Tensor]:
     """All tensors of a safetensors file, in memory of their own: the file may be deleted afterwards.
 
     Raises:
-        CorruptFile: not a safetensors file (a flipped value is not noticed here: see `verify`).
+        CorruptFile: no whole safetensors file, a header of more than `max_header_bytes`, or more bytes than
+            this machine has memory (a flipped value is not noticed here: see `verify`).
         FileNotFoundError: there is no such file.
     """
-    _regular_size(path)
+    check_header(path, max_header_bytes)
+    if (size_bytes := path.stat().st_size) > MEMORY_BYTES:  # sparse, it costs its sender nothing
+        raise CorruptFile(path, f"{size_bytes} bytes, more than this machine's memory")
     try:
         return load_file(path, device=str(device), backend="pread")
-    except SafetensorError as error:
-        raise CorruptFile(path, f"not a whole safetensors file: {error}") from error
+    except (SafetensorError, *LIES) as error:
+        # The message quotes the file's own names: as many as it likes, line breaks included.
+        reason = ascii(str(error))[1:-1][:200]
+        raise CorruptFile(path, f"not a whole safetensors file: {reason}") from error
 
 
 @contextmanager
-def committed_folder(target: Path, kind: str, meta: Mapping[str, Any]) -> Iterator[Path]:
+def committed_folder(
+    target: Path, kind: str, meta: Mapping[str, Any], check: Callable[[], None] = lambda: None
+) -> Iterator[Path]:
     """Make a folder of files appear whole or not at all.
 
         with committed_folder(Path("runs/a/step-00000100"), "checkpoint", {"step": 100}) as temp:
             write_tensors(temp / "state.safetensors", tensors)
 
     Args:
-        target: the folder to make; it must not exist, nothing is ever written into an old one.
+        target: the folder to make, in one that is there; it must not exist, nothing is ever written into an
+            old one.
         kind: what the folder is ("checkpoint", "shard" ...); readers refuse another kind.
         meta: any JSON-able facts, kept in the manifest and covered by its digest.
+        check: asked when all is written, just before it gets its name; what it raises leaves nothing behind.
 
     Yields:
         A hidden sibling to write plain files into. It is removed if anything fails.
@@ -205,7 +257,7 @@ def committed_folder(target: Path, kind: str, meta: Mapping[str, Any]) -> Iterat
     """
     assert is_name(target.name), target.name
     temp = temporary(target)
-    temp.mkdir(parents=True)
+    temp.mkdir()  # not its parents: a run folder that was moved away is not made anew
     try:
         yield temp
         files = {}
@@ -220,6 +272,7 @@ def committed_folder(target: Path, kind: str, meta: Mapping[str, Any]) -> Iterat
         )
         if os.path.lexists(target):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+        check()
         os.rename(temp, target)
         try:
             fsync(target.parent)
@@ -243,11 +296,15 @@ def verify(folder: Path, kind: str | None = None) -> dict[str, Any]:
 
     Raises:
         FutureFormat: written by a newer version of this package.
-        CorruptFolder: anything is missing, extra, truncated, changed, a link, or of another kind.
+        CorruptFolder: anything is missing, extra, truncated, changed, a link, of another kind, or larger
+            than this machine's memory (what is committed is read whole).
     """
     if folder.is_symlink() or not folder.is_dir():
         raise CorruptFolder(folder, "not a folder")
-    entries = {entry.name: entry for entry in os.scandir(folder)}
+    with os.scandir(folder) as listing:
+        entries = {entry.name: entry for entry in islice(listing, MAX_FILES + 1)}
+    if len(entries) > MAX_FILES:
+        raise CorruptFolder(folder, f"more than {MAX_FILES} files")
     for name, entry in entries.items():
         if not entry.is_file(follow_symlinks=False):
             raise CorruptFolder(folder, f"{name!r} is not a regular file")
@@ -267,6 +324,8 @@ def verify(folder: Path, kind: str | None = None) -> dict[str, Any]:
             raise CorruptFolder(
                 folder, f"{name!r} has {size_bytes} bytes, the manifest says {expected['bytes']}"
             )
+        if size_bytes > MEMORY_BYTES:  # before its digest, which would take hours
+            raise CorruptFolder(folder, f"{name!r} has {size_bytes} bytes, more than this machine's memory")
         if digest(folder / name) != expected["xxh3_128"]:
             raise CorruptFolder(folder, f"{name!r} has changed since it was written (digest)")
     return manifest
@@ -275,22 +334,33 @@ def verify(folder: Path, kind: str | None = None) -> dict[str, Any]:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
-        manifest: Any = read_json(path)
+        manifest: Any = read_json(path, MAX_MANIFEST_BYTES)
     except CorruptFile as error:
         raise CorruptFolder(folder, f"{MANIFEST}: {error.reason}") from error
     version = manifest.get("format") if isinstance(manifest, dict) else None
-    if not isinstance(version, int):
+    if type(version) is not int or version < 1:
         raise CorruptFolder(folder, f"{MANIFEST} has no format version")
     if version > FORMAT:
         raise FutureFormat(
             folder, f"format version {version}, this version of sae_train reads up to {FORMAT}"
         )
     body = {key: value for key, value in manifest.items() if key != "digest"}
-    # Compared as bytes: a flipped space or a reordered key is a change too.
-    if path.read_bytes() != _seal(body) or body.keys() != {"format", "kind", "files", "meta"}:
+    try:
+        # Compared as bytes: a flipped space or a reordered key is a change too.
+        sealed = path.read_bytes() == _seal(body)
+    except (ValueError, RecursionError):  # a number or a depth that can be read, but not written
+        sealed = False
+    if not sealed or body.keys() != {"format", "kind", "files", "meta"}:
         raise CorruptFolder(folder, f"{MANIFEST} has changed since it was written (digest)")
-    if not all(is_name(name) for name in body["files"]):
-        raise CorruptFolder(folder, f"{MANIFEST} names a file outside the folder")
+    # Whoever rewrites a manifest can seal it too: from here on its values are only those of a stranger.
+    files, facts = body["files"], {"bytes": int, "xxh3_128": str}
+    if not isinstance(body["meta"], dict) or not isinstance(files, dict) or type(body["kind"]) is not str:
+        raise CorruptFolder(folder, f"{MANIFEST} is not one of this package")
+    for name, expected in files.items():
+        if not is_name(name):
+            raise CorruptFolder(folder, f"{MANIFEST} names a file outside the folder")
+        if not isinstance(expected, dict) or {key: type(v) for key, v in expected.items()} != facts:
+            raise CorruptFolder(folder, f"{MANIFEST} gives no size and digest of {name!r}")
     return body
 
 

@@ -16,6 +16,7 @@ import re
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -66,6 +67,7 @@ class MetricLog:
         config: LoggerConfig,
         run_config: dict[str, Any],
         resume_state: dict[str, Any] | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         """Open the record; a run without `resume_state` starts an empty one.
 
@@ -74,6 +76,7 @@ class MetricLog:
             config: where to log.
             run_config: plain values shown beside the numbers; secrets are redacted here.
             resume_state: `state_dict()` of the checkpoint that the run continues from.
+            check: asked before each write; raises if the run folder is not ours any more.
 
         Raises:
             InputError: wandb or TensorBoard was asked for and is not installed.
@@ -83,6 +86,7 @@ class MetricLog:
             if wanted and importlib.util.find_spec(package) is None:
                 raise InputError(f"logger.{package}", True, f"false, or the package: pip install {package}")
         state = resume_state or {}
+        self._check = check
         self.lost = 0
         """Writes that the disk refused."""
         self._step = int(state.get("step", 0))
@@ -116,7 +120,11 @@ class MetricLog:
             step: optimizer steps done.
             tokens: tokens trained on.
             scalars: name -> value; "step", "tokens", "time" and "nonfinite" are taken.
+
+        Raises:
+            StoppedEarly: the run folder is not ours any more; nothing is written over the new owner's lines.
         """
+        self._check()
         scalars = redact({name: float(value) for name, value in scalars.items()})
         head = {"step": step, "tokens": tokens, "time": round(time.time(), 3)}
         assert not {*head, "nonfinite"} & scalars.keys(), "a scalar has the name of a fixed field"

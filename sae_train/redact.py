@@ -5,13 +5,18 @@ name is as secret as one in a field called `token`. Control characters in text t
 text, names from a hub) would otherwise forge log lines or drive the reader's terminal.
 """
 
+import json
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-SECRET_NAMES = ("TOKEN", "KEY", "SECRET", "PASSWORD")
+from sae_train.errors import InputError
+
+SECRET_NAMES = ("TOKEN", "KEY", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL")
+NOT_SECRET_NAMES = ("TOKENIZER",)
 MIN_SECRET_CHARS = 8
 """Shorter values (`false`, `us`, `1`) are switches far more often than secrets."""
 
@@ -22,13 +27,49 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\
 
 
 def secrets() -> list[str]:
-    """Values of environment variables whose name says that they are secret, the longest first."""
-    values = {
-        value
-        for name, value in os.environ.items()
-        if len(value) >= MIN_SECRET_CHARS and any(word in name.upper() for word in SECRET_NAMES)
-    }
+    """Values of environment variables whose name says that they are secret, the longest first.
+
+    Each also as it looks in a URL, in JSON and in a Python literal. A file's or folder's path is none.
+    """
+    values: set[str] = set()
+    for value in _secret_variables().values():
+        values |= {value, quote(value, safe=""), json.dumps(value)[1:-1], repr(value)[1:-1]}
     return sorted(values, key=len, reverse=True)
+
+
+def _secret_variables() -> dict[str, str]:
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if len(value) >= MIN_SECRET_CHARS
+        and any(word in name.upper() for word in SECRET_NAMES)
+        and not any(word in name.upper() for word in NOT_SECRET_NAMES)
+        and not (value.startswith(("/", "~")) and os.path.exists(os.path.expanduser(value)))
+    }
+
+
+def refuse_secrets(tree: Any, key: str = "") -> None:
+    """See that no secret of the environment stands in a configuration, which is saved and published as it is.
+
+    Args:
+        tree: nested mappings, lists and plain values.
+        key: where the tree stands, dotted.
+
+    Raises:
+        InputError: a string holds one; names its key and the variable, and shows neither's value.
+    """
+    if isinstance(tree, Mapping):
+        for name, item in tree.items():
+            refuse_secrets(str(name), f"{key}.{MASK}" if key else MASK)
+            refuse_secrets(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(tree, list | tuple):
+        for item in tree:
+            refuse_secrets(item, key)
+    elif isinstance(tree, str):
+        for name, value in _secret_variables().items():
+            if value in tree or quote(value, safe="") in tree:
+                known = f"no secrets: it holds the value of {name}, and would be saved and shown with the run"
+                raise InputError(key, redact(tree), f"{known} (hub logins are found without being named)")
 
 
 def redact(value: Any) -> Any:

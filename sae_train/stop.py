@@ -6,11 +6,13 @@ between two pieces. `Interrupted` derives from BaseException so that no `except 
 on the way takes it for an error of its own.
 """
 
-import threading
 import time
 
 _reason: str | None = None
-_asked = threading.Event()
+# A plain name and no threading.Event: a signal handler sets it, and may run inside the wait for the Event.
+
+SLICE_S = 0.2
+"""A wait looks so often whether a stop was asked for."""
 
 
 class Interrupted(BaseException):
@@ -23,7 +25,6 @@ def request(why: str) -> None:
     """Ask the process to stop; the first reason is the one that is told."""
     global _reason
     _reason = _reason or why
-    _asked.set()
 
 
 def reason() -> str | None:
@@ -44,9 +45,8 @@ def sleep(seconds: float) -> None:
         Interrupted: the process is asked to stop.
     """
     end = time.monotonic() + seconds
-    # In slices: a signal handler runs in the main thread, and only between two calls.
-    while (left := end - time.monotonic()) > 0 and not _asked.wait(min(left, 0.2)):
-        pass
+    while (left := end - time.monotonic()) > 0 and _reason is None:
+        time.sleep(min(left, SLICE_S))  # a signal does not end it: it goes on after the handler
     check()
 
 
@@ -54,4 +54,3 @@ def clear() -> None:
     """Forget the request: for the next run in the same process."""
     global _reason
     _reason = None
-    _asked.clear()

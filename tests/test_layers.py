@@ -30,7 +30,7 @@ LAYERS: list[list[tuple[set[str], set[str]]]] = [
         ({"losses"}, {"torch"}),
         (
             {"harvest"},
-            {"torch", "numpy", "safetensors", "xxhash", "tenacity", "aiohttp"}
+            {"torch", "numpy", "safetensors", "xxhash", "tenacity", "fsspec"}
             | {"transformers", "datasets", "huggingface_hub"},
         ),
         ({"shards"}, {"torch", "numpy", "safetensors", "xxhash"}),
@@ -49,7 +49,7 @@ LAYERS: list[list[tuple[set[str], set[str]]]] = [
     ],
 ]
 TOP = "sae_train"  # its __init__ gathers names for users; nothing inside may import it
-HEAVY = {"transformers", "datasets", "huggingface_hub", "wandb", "matplotlib", "jinja2", "aiohttp"}
+HEAVY = {"transformers", "datasets", "huggingface_hub", "wandb", "matplotlib", "jinja2"}
 """May be imported inside a function, so that `import sae_train` and `--help` stay fast."""
 HEAVY_MODULES = {"torch.utils.tensorboard"}
 MAX_LINES = 400
@@ -200,4 +200,4 @@ def test_importing_the_package_imports_nothing_heavy():
     loaded = {name.split(".")[0] for name in done.stdout.split()}
     assert "torch" in loaded
     heavy = {"hydra", "omegaconf", "transformers", "datasets", "huggingface_hub", "wandb", "tensorboard"}
-    assert not loaded & (heavy | {"matplotlib", "jinja2", "rich", "aiohttp"})
+    assert not loaded & (heavy | {"matplotlib", "jinja2", "rich"})

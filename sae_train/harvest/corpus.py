@@ -18,14 +18,19 @@ from typing import Any, NamedTuple
 import xxhash
 
 from sae_train.errors import InputError
+from sae_train.harvest.retries import Retry
 from sae_train.harvest.text_files import TextSpec
-from sae_train.harvest.texts import Retry, TextSource, clean
+from sae_train.harvest.texts import TextSource, clean
+from sae_train.harvest.web import TIMEOUT_S
 
 log = logging.getLogger("sae_train.harvest")
 
-RETRY = Retry()
 CHARS_PER_TOKEN = 4
 """Only an estimate for documents handed out and not yet reported by `took`; English BPE gives 4 to 5."""
+REPEATS_SAMPLE = 10_000
+"""Documents, from the first on, whose hashes are kept to find exact copies: about a megabyte."""
+REPEATS_WARNED = 0.1
+"""Share of copies among them that is worth a warning."""
 _SOURCE_KEYS = ("name", "subset", "split", "revision", "text_column", "weight")
 
 
@@ -63,6 +68,13 @@ class CorpusConfig:
     """Whether a run may end early when the corpus holds fewer tokens than it wants."""
     seed: int = 0
     """Orders files and windows."""
+    attempts: int = 5
+    """Times a read that fails for an outside reason (network, server, disc) is tried before the run is saved
+    and stops with exit code 75."""
+    retry_wait_s: float = 1.0
+    """Seconds before the second attempt; each later wait is twice as long, at most 30, plus a random part."""
+    timeout_s: float = TIMEOUT_S
+    """Seconds that the server of a URL may be silent before an attempt counts as failed."""
 
     def __post_init__(self) -> None:
         for key, choices in (
@@ -71,10 +83,13 @@ class CorpusConfig:
         ):
             if getattr(self, key) not in choices:
                 raise InputError(f"corpus.{key}", getattr(self, key), f"one of {', '.join(choices)}")
-        for key in ("context_length", "shuffle_windows", "epochs", "max_documents"):
+        for key in ("context_length", "shuffle_windows", "epochs", "max_documents", "attempts"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise InputError(f"corpus.{key}", value, "a number of at least 1")
+        for key in ("retry_wait_s", "timeout_s"):
+            if not 0 < getattr(self, key) < float("inf"):
+                raise InputError(f"corpus.{key}", getattr(self, key), "a number of seconds above 0")
         if not 0 <= self.holdout < 1:
             raise InputError("corpus.holdout", self.holdout, "a share from 0 up to, not including, 1")
         if self.name and self.sources:
@@ -119,7 +134,11 @@ class Document(NamedTuple):
 
 def is_held_out(text: str, share: float) -> bool:
     """Whether a salted xxh3 of the text, as a number in [0, 1), is below the held-out share."""
-    return xxhash.xxh3_64_intdigest(b"sae-train held-out\0" + text.encode()) < share * 2.0**64
+    return text_hash(text) < share * 2.0**64
+
+
+def text_hash(text: str) -> int:
+    return xxhash.xxh3_64_intdigest(b"sae-train held-out\0" + text.encode())
 
 
 @dataclass
@@ -138,7 +157,7 @@ class Documents(Iterator[Document]):
     Args:
         config: which corpus.
         split: "train" or "heldout".
-        retry: how often an outage is waited for before `StoppedEarly`.
+        retry: how often an outage is waited for before `StoppedEarly`; None: as the configuration says.
 
     Raises:
         InputError: a source cannot be opened or its first row holds no text; the corpus is empty; nothing is
@@ -153,13 +172,16 @@ class Documents(Iterator[Document]):
         self.config, self.split = config, split
         self._epochs = config.epochs if split == "train" else 1
         self.specs = config.specs()
-        self._sources = [TextSource(spec, config.seed, retry or RETRY) for spec in self.specs]
+        retry = retry or Retry(config.attempts, config.retry_wait_s)
+        self._sources = [TextSource(spec, config.seed, retry, config.timeout_s) for spec in self.specs]
         if all(source.is_empty for source in self._sources):
             raise InputError(self.specs[0].key, self.specs[0].name, "a corpus with at least one document")
         self._progress = [_Progress() for _ in self._sources]
         self.epoch = 0
         self._read = 0
         self.counts = {"documents": 0, "empty_documents": 0, "replaced_characters": 0}
+        # Of the documents so far, while they are looked at for copies: in training, from the very first on.
+        self._hashes: set[int] | None = set() if split == "train" else None
 
     def fingerprint(self) -> dict[str, str]:
         """Everything that content and order of the documents are a function of; not the number of passes."""
@@ -190,6 +212,10 @@ class Documents(Iterator[Document]):
                 continue
             self.counts["documents"] += 1
             self.counts["replaced_characters"] += replaced
+            if self._hashes is not None:
+                self._hashes.add(text_hash(text))
+                if self.counts["documents"] == REPEATS_SAMPLE:
+                    self._warn_of_repeats()
             self._progress[source].pending.append(len(text) // CHARS_PER_TOKEN + 1)
             return Document(text, self._sources[source].rows - 1, source)
 
@@ -220,6 +246,7 @@ class Documents(Iterator[Document]):
             else:
                 accepted = f"a share that leaves some text of the corpus's {self._read} documents to train on"
             raise InputError("corpus.holdout", self.config.holdout, accepted)
+        self._warn_of_repeats()
         if self.epoch + 1 >= self._epochs:
             raise StopIteration
         self.epoch += 1
@@ -228,6 +255,21 @@ class Documents(Iterator[Document]):
             # What is still pending was handed out in this pass and will be reported in the next.
             progress.tokens, progress.ended = 0, False
             source.seek(None, 0)
+
+    def _warn_of_repeats(self) -> None:
+        """Say so if many of the documents were copies; then stop looking."""
+        if self._hashes is None:
+            return
+        looked_at, different = self.counts["documents"], len(self._hashes)
+        self._hashes = None
+        if looked_at - different > REPEATS_WARNED * looked_at:
+            log.warning(
+                "%d of the first %d training documents are exact copies of others: the SAE learns them by "
+                "heart and its numbers look better than they are; remove copies from %s",
+                looked_at - different,
+                looked_at,
+                ", ".join(spec.name for spec in self.specs),
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able position after the last document returned."""
@@ -243,6 +285,7 @@ class Documents(Iterator[Document]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self._read, self.counts = state["epoch"], state["read"], dict(state["counts"])
+        self._hashes = None
         assert len(state["sources"]) == len(self._sources), "compare fingerprints before loading a state"
         for index, saved in enumerate(state["sources"]):
             self._sources[index].seek(saved["cursor"], saved["rows"])

@@ -7,9 +7,12 @@ Rules, in this order; the first that catches a row counts it:
     nonfinite   some hook's row has a NaN or an infinity
     sink        some hook's row is an attention sink: its norm is above `sink_multiple` times the median
 
+A row dropped for one hook is dropped for all, so hooks stay aligned; a hook with too many non-finite rows
+stops the run for all of them, by name: leave it out of `hook`, or raise `max_nonfinite`, to train the others.
+
 The median is that of the shard's own rows left by the earlier rules, per hook, so what is dropped is a
 function of the shard alone and a resumed run drops the same. (A median that runs along the stream would
-depend on where the run started.) A row dropped for one hook is dropped for all, so hooks stay aligned.
+depend on where the run started.)
 
 Why sinks: in SmolLM2-135M a few rows in ten thousand have 150 times the ordinary norm and carry 95 % of the
 variance at layer 12; an SAE that learns nothing else then scores an FVU near 0.05.
@@ -39,7 +42,8 @@ class FilterConfig:
     sink_multiple: float = 10.0
     """A row is a sink if its norm is above this many times the median norm of its shard."""
     max_nonfinite: float = 0.001
-    """Largest share of non-finite rows in a shard; above it the run stops, because something is broken."""
+    """Largest share of non-finite rows in a shard, for each hook; above it the run stops, because something
+    is broken."""
 
     def __post_init__(self) -> None:
         if not self.sink_multiple > 1:

@@ -2,10 +2,14 @@
 
 What can be known from the configuration alone (`load_config`, `check_context`, `kinds.skeleton`) is checked
 before any weights are read. Loading never runs code that came with a model unless the user asked for it
-by `model.trust_remote_code=true`, and never leaves a model with weights made up for those it did not find.
+by `model.trust_remote_code=true`, nor code from a repository that the model's configuration names. It
+unpickles nothing: weights are safetensors or GGUF. And it never leaves a model with weights made up for
+those it did not find.
 """
 
+import json
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +19,15 @@ from torch import nn
 
 from sae_train.devices import native_bfloat16, pick_device
 from sae_train.errors import InputError
+from sae_train.files import is_name
 from sae_train.harvest.kinds import auto_class, is_causal_lm
 from sae_train.harvest.load_errors import input_errors
 from sae_train.harvest.provenance import local_revision, tokenizer_digest
 
 LOG = logging.getLogger("sae_train.harvest")
 
+MAX_LAYERS = 4096
+"""Each is built without memory before weights are read, in about a millisecond; 200 is deep."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -76,12 +83,17 @@ def load_config(config: ModelConfig) -> Any:
 
     Raises:
         InputError: not a folder, no config.json in it, not on the hub, offline, no access, an unknown kind of
-        model.
+        model, one that names code to be downloaded, more than 4096 layers.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
     _check_folder(config)
     with input_errors("model.name", config.name):
+        # As plain data first: some configurations grow lists as long as a number in them says.
+        where = {key: value for key, value in _where(config).items() if key != "trust_remote_code"}
+        raw, _ = PreTrainedConfig.get_config_dict(config.name, **where)
+        _check_claims(config, raw)
+        _check_index(Path(config.name))
         return AutoConfig.from_pretrained(config.name, **_where(config))
 
 
@@ -127,6 +139,7 @@ def load_model(config: ModelConfig, tokenizer: Any = None) -> tuple[nn.Module, M
             config.name,
             dtype=dtype,
             attn_implementation=config.attn_implementation,
+            use_safetensors=True,  # else a file of pickled weights is taken where there is no other
             output_loading_info=True,
             **where,
         )
@@ -189,6 +202,29 @@ def _where(config: ModelConfig) -> dict[str, Any]:
     if config.gguf_file is not None:
         where["gguf_file"] = config.gguf_file
     return where
+
+
+def _check_claims(config: ModelConfig, claims: Any) -> None:
+    """Refuse what a model's configuration must not decide: code from elsewhere, and unbounded work."""
+    for key, value in claims.items() if isinstance(claims, dict) else ():
+        if isinstance(value, dict):
+            _check_claims(config, value)
+        elif key.strip("_").startswith(("attn_impl", "experts_impl")) and "/" in str(value):
+            # transformers would download a repository of that name and run what is in it.
+            known = f"the name of a built-in one: {config.name} asks for code from elsewhere, {value}"
+            raise InputError("model.attn_implementation", config.attn_implementation, known)
+        elif re.search(r"layers?$", key) and isinstance(value, int) and value > MAX_LAYERS:
+            raise InputError("model.name", config.name, f"at most {MAX_LAYERS} layers, it has {key}={value}")
+
+
+def _check_index(folder: Path) -> None:
+    """See that the weights of a local folder are in it: an index of them may name any path."""
+    for path in folder.glob("*.index.json"):
+        for name in json.loads(path.read_bytes())["weight_map"].values():
+            if not is_name(name):
+                raise InputError(
+                    "model.name", str(folder), f"an index that names files beside it, not {name!r:.80}"
+                )
 
 
 def _commit(config: ModelConfig, hf_config: Any) -> str:

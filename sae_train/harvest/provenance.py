@@ -1,8 +1,9 @@
 """Digests that say which model and tokenizer it was.
 
-A local model has no commit, so its revision is a digest: of config.json whole, and of each weight file its
-name, size, first and last megabyte. That notices another model, a truncated file or a fine-tuned copy in
-milliseconds; it is not proof against someone who edits the middle of a tensor on purpose.
+A local model has no commit, so its revision is a digest: of config.json, of the Python files that may come
+with it, and of each weight file its name, size and content. Files of more than 4 GiB in all count with their
+first and last megabyte only: that notices another model, a truncated file or a fine-tuned copy in
+milliseconds, not an edit in the middle of a tensor.
 """
 
 import json
@@ -12,11 +13,13 @@ from typing import Any
 import xxhash
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf")
+WHOLE_BYTES = 4 << 30
+"""Read whole up to here, at 5 GB/s once they are in memory, where loading the model wants them anyway."""
 SAMPLED_BYTES = 1 << 20
 
 
 def local_revision(folder: str, gguf_file: str | None = None) -> str:
-    """xxh3-128 of a model folder's configuration and weight files, as "xxh3:HEX"."""
+    """xxh3-128 of a model folder's configuration, code and weight files, as "xxh3:HEX"."""
     path = Path(folder).expanduser()
     digest = xxhash.xxh3_128()
     if gguf_file is not None:
@@ -24,13 +27,20 @@ def local_revision(folder: str, gguf_file: str | None = None) -> str:
     else:
         files = sorted(file for file in path.iterdir() if file.suffix in WEIGHT_SUFFIXES)
         digest.update((path / "config.json").read_bytes())
+        for code in sorted(path.glob("*.py")):
+            digest.update(f"\0{code.name}\0".encode() + code.read_bytes())
+    whole = sum(file.stat().st_size for file in files) <= WHOLE_BYTES
     for file in files:
         size_bytes = file.stat().st_size
         digest.update(f"\0{file.name}\0{size_bytes}\0".encode())
         with file.open("rb") as handle:
-            digest.update(handle.read(SAMPLED_BYTES))
-            handle.seek(max(0, size_bytes - SAMPLED_BYTES))
-            digest.update(handle.read(SAMPLED_BYTES))
+            if whole:
+                while part := handle.read(SAMPLED_BYTES):
+                    digest.update(part)
+            else:
+                digest.update(handle.read(SAMPLED_BYTES))
+                handle.seek(max(0, size_bytes - SAMPLED_BYTES))
+                digest.update(handle.read(SAMPLED_BYTES))
     return f"xxh3:{digest.hexdigest()}"
 
 

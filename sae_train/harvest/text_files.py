@@ -4,13 +4,12 @@ import bz2
 import codecs
 import glob
 import gzip
-import importlib.util
 import lzma
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import xxhash
 
@@ -51,10 +50,19 @@ class TextSpec:
         return self.key.removesuffix("name") + name
 
 
+def is_url(name: str) -> bool:
+    return name.startswith(("http://", "https://"))
+
+
 def format_of(name: str) -> str | None:
     """The format that a file name's ending stands for, looking through compression."""
     path = Path(name.partition("?")[0])
     return FORMATS.get(Path(path.stem).suffix if path.suffix in PACKED else path.suffix)
+
+
+def unpacker(name: str) -> Callable[..., Any] | None:
+    """What opens a compressed file, or file object, for reading; None where it is not compressed."""
+    return PACKED.get(Path(name.partition("?")[0]).suffix)
 
 
 def find_files(spec: TextSpec) -> list[str] | None:
@@ -64,9 +72,7 @@ def find_files(spec: TextSpec) -> list[str] | None:
         InputError: nothing is there, nothing there is text, or the formats differ.
     """
     name, endings = spec.name, ", ".join(FORMATS)
-    if name.startswith(("http://", "https://")):
-        if not importlib.util.find_spec("aiohttp"):
-            raise InputError(spec.key, name, "a hub dataset or local files; a URL needs the package aiohttp")
+    if is_url(name):
         files = [name]
     else:
         path = Path(name).expanduser()
@@ -87,14 +93,14 @@ def find_files(spec: TextSpec) -> list[str] | None:
         raise InputError(spec.key, name, f"files of one format, not {', '.join(sorted(map(str, formats)))}")
     if spec.split != "train":
         raise InputError(spec.field("split"), spec.split, "train: files have no other split")
-    filled = [file for file in files if "://" in file or Path(file).stat().st_size]
+    filled = [file for file in files if is_url(file) or Path(file).stat().st_size]
     if not filled:
         raise InputError(spec.key, name, f"files that hold text, these {len(files)} are empty")
     return filled
 
 
 def is_damage(error: BaseException) -> bool:
-    """Whether an error is about content, which reading a local file again cannot change.
+    """Whether an error is about content, which reading a file again cannot change.
 
     bz2 and Arrow say so by a bare OSError. One of the operating system's carries an errno, and one that
     `datasets` raises for an absent file is of a subclass.
@@ -102,8 +108,8 @@ def is_damage(error: BaseException) -> bool:
     return isinstance(error, DAMAGE) or (type(error) is OSError and error.errno is None)
 
 
-def check_encoding(spec: TextSpec, files: list[str]) -> None:
-    """Look at the first kilobyte of each file, unpacked.
+def check_encoding(spec: TextSpec, openers: Mapping[str, Callable[[], IO[bytes]]]) -> None:
+    """Look at the first kilobyte of each file (name -> what opens it unpacked).
 
     Text in UTF-16 would otherwise be read, as replacement characters and NULs. Half the bytes of English in
     UTF-16 are NULs, a few less where it has quotes and dashes, and three quarters in UTF-32; a quarter tells
@@ -113,9 +119,9 @@ def check_encoding(spec: TextSpec, files: list[str]) -> None:
         InputError: a file begins like UTF-16 or UTF-32, or cannot be unpacked.
         OSError: a file cannot be read.
     """
-    for file in files:
+    for file, opener in openers.items():
         try:
-            with PACKED.get(Path(file).suffix, open)(file, "rb") as opened:
+            with opener() as opened:
                 head = opened.read(HEAD_BYTES)
         except (OSError, *DAMAGE) as error:
             if not is_damage(error):

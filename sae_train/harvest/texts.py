@@ -10,34 +10,28 @@ files become "\\n". JSON lines are read as lines and parsed here, so that one od
 whole file unreadable and a bad row can be named.
 
 A dropped connection, or a local file that the operating system cannot read just now, is tried again from
-the last document, a bounded number of times, and then raises `StoppedEarly`. Damage in a local file (cut
-off, garbled, not what its ending says) is there at every attempt and raises `InputError` at the first.
-`huggingface_hub` also retries each request 5 times (about 25 s); the 20 further silent attempts of
-`datasets` are switched off, so that there is one place that decides and logs.
+the last document (of a URL: from the last block of bytes, see `web`), a bounded number of times, and then
+raises `StoppedEarly`. Damage in a file (cut off, garbled, not what its ending says) is there at every attempt
+and raises `InputError` at the first. `huggingface_hub` also retries each request 5 times (about 25 s); the 20
+further silent attempts of `datasets` are switched off, so that there is one place that decides and logs.
+
+A resumed run finds out that its text changed by the fingerprint: of a hub dataset the commit; of local files
+name, size and content, beyond 64 MB in all the first and last MB of each; of a URL what the server says.
 """
 
 import copy
 import glob
-import importlib.util
 import json
-import logging
 import re
 import reprlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from tenacity import (
-    RetryCallState,
-    Retrying,
-    retry_if_exception,
-    stop_after_attempt,
-    wait_exponential,
-    wait_random,
-)
+from typing import IO, TYPE_CHECKING, Any
 
 from sae_train.errors import InputError, StoppedEarly
+from sae_train.harvest.mounts import mount
+from sae_train.harvest.retries import Retry, one_line
 from sae_train.harvest.text_files import (
     DAMAGE,
     TextSpec,
@@ -46,24 +40,16 @@ from sae_train.harvest.text_files import (
     find_files,
     format_of,
     is_damage,
+    is_url,
+    unpacker,
 )
+from sae_train.harvest.web import TIMEOUT_S, RemoteFile, WebFile
 from sae_train.seeds import permutation
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
-log = logging.getLogger("sae_train.harvest")
-
 _SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-@dataclass(frozen=True)
-class Retry:
-    """How often a read that failed for an outside reason is tried, and how long it waits in between."""
-
-    attempts: int = 5
-    initial_s: float = 1.0
-    max_s: float = 30.0
 
 
 def clean(text: str) -> tuple[str, int]:
@@ -74,35 +60,29 @@ def clean(text: str) -> tuple[str, int]:
 
 def transient_errors() -> tuple[type[Exception], ...]:
     """What an outage looks like: any OSError (connection, timeout, disc, HTTP status of the hub), the hub
-    client's transport errors, a compressed stream that arrives cut or garbled, and aiohttp's where it is in
-    use."""
+    client's transport errors, and a compressed stream that arrives cut or garbled."""
     from huggingface_hub.errors import HTTPError
 
-    errors: tuple[type[Exception], ...] = (OSError, HTTPError, *DAMAGE)
-    if importlib.util.find_spec("aiohttp"):
-        from aiohttp import ClientError
-
-        errors += (ClientError,)
-    return errors
+    return (OSError, HTTPError, *DAMAGE)
 
 
 class TextSource:
     """Iterator over the texts of one source. Opening it reads the first row, so that what the user got
     wrong (name, subset, split, column, type of its values) is known before anything else is loaded."""
 
-    def __init__(self, spec: TextSpec, seed: int, retry: Retry) -> None:
-        self.spec, self._retry = spec, retry
+    def __init__(self, spec: TextSpec, seed: int, retry: Retry, timeout_s: float = TIMEOUT_S) -> None:
+        self.spec, self._retry, self._timeout_s = spec, retry, timeout_s
         files = find_files(spec)
         self._files = files and [files[i] for i in permutation(len(files), "files", seed).tolist()]
         self._format = format_of(files[0]) if files else None
-        self._is_local = files is not None and not files[0].startswith(("http://", "https://"))
+        self._remote: RemoteFile | None = None
         self.revision = spec.revision
         self._transient = transient_errors()
         self._dataset = self._retrying(self._open, "opening", rewind=False)
         if files is None:
             content = {"name": spec.name, "revision": str(self.revision)}
-        elif not self._is_local:
-            content = {"name": spec.name}
+        elif self._remote is not None:
+            content = {"name": spec.name, "file": self._remote.identity}
         else:
             content = {"files": digest_files(files)}
         self.fingerprint = content | {
@@ -135,11 +115,20 @@ class TextSource:
         datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_OPEN_RETRY_INTERVAL = 0
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else opening a local file asks the hub's address
         datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it says, the errors below say
         spec, files = self.spec, self._files
         if files is not None:
-            if self._is_local and self._format != "parquet":
-                check_encoding(spec, files)
-            names = [file if "://" in file else glob.escape(str(Path(file).absolute())) for file in files]
+            if is_url(files[0]):
+                self._remote = RemoteFile.look(spec, self._timeout_s)
+            openers = {file: self._opener(file) for file in files}
+            if self._format != "parquet":
+                check_encoding(spec, openers)
+            names = [
+                mount(openers[file], f".{self._format}")
+                if self._remote is not None or unpacker(file) is not None
+                else glob.escape(str(Path(file).absolute()))
+                for file in files
+            ]
             if self._format == "parquet":
                 return datasets.load_dataset("parquet", data_files=names, split="train", streaming=True)
             # With errors="replace" and any name but "utf-8" the json reader decodes before it parses.
@@ -174,8 +163,16 @@ class TextSource:
             HFValidationError,
             RuntimeError,
         ) as error:  # RuntimeError: a dataset that is a script
-            accepted = f"a hub dataset that can be read, or a local file, folder or glob ({_line(error)})"
+            accepted = f"a hub dataset that can be read, or a local file, folder or glob ({one_line(error)})"
             raise InputError(spec.key, spec.name, accepted) from error
+
+    def _opener(self, file: str) -> Callable[[], IO[bytes]]:
+        """Opens a file of this source as the bytes it holds unpacked."""
+        unpack = unpacker(file)
+        if self._remote is None:
+            return partial(unpack or open, file, "rb")
+        remote = partial(WebFile, self._remote, self._retry)
+        return remote if unpack is None else lambda: unpack(remote(), "rb")
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -238,29 +235,9 @@ class TextSource:
         self._rows = iter(self._dataset)
 
     def _retrying(self, action: Any, doing: str, rewind: bool) -> Any:
-        def note(state: RetryCallState) -> None:
-            error = state.outcome.exception() if state.outcome else None
-            log.warning(
-                "%s %s failed (attempt %d of %d): %s",
-                doing,
-                self.spec.name,
-                state.attempt_number,
-                self._retry.attempts,
-                _line(error),
-            )
-            if rewind:
-                self.seek(self._cursor, self.rows)
-
-        retrying = Retrying(
-            stop=stop_after_attempt(self._retry.attempts),
-            wait=wait_exponential(self._retry.initial_s, self._retry.max_s)
-            + wait_random(0, self._retry.initial_s),
-            retry=retry_if_exception(self._is_outage),
-            before_sleep=note,
-            reraise=True,
-        )
+        back = partial(self.seek, self._cursor, self.rows) if rewind else None
         try:
-            return retrying(action)
+            return self._retry(action, f"{doing} {self.spec.name}", self._is_outage, back)
         except _Exhausted:
             raise StopIteration from None
         except InputError:
@@ -272,14 +249,14 @@ class TextSource:
             hint = "" if self._files else "; there is no file or folder of that name either"
             raise StoppedEarly(
                 f"{self.spec.key}={self.spec.name!r} could not be read in {self._retry.attempts} attempts, "
-                f"{where}{hint} ({_line(error)})"
+                f"{where}{hint} ({one_line(error)})"
             ) from error
         except (ValueError, RecursionError) as error:  # the latter: JSON nested too deep, inside `datasets`
             raise self._unreadable(error, reading=rewind) from error
 
     def _is_outage(self, error: BaseException) -> bool:
         """Whether another attempt may go better."""
-        return isinstance(error, self._transient) and not (self._is_local and is_damage(error))
+        return isinstance(error, self._transient) and not (self._files is not None and is_damage(error))
 
     def _file_of(self, state: dict[str, Any] | None) -> str:
         """The file that a state of the stream stands in, as far as it says."""
@@ -289,7 +266,7 @@ class TextSource:
 
     def _unreadable(self, error: Exception, reading: bool) -> InputError:
         """The reader's complaint about content, names of splits or subsets, as the user's error."""
-        spec, message = self.spec, _line(error)
+        spec, message = self.spec, one_line(error)
         if "Bad split" in message or "Unknown split" in message:
             return InputError(spec.field("split"), spec.split, f"a split of {spec.name} ({message})")
         if "BuilderConfig" in message or "Config name" in message:
@@ -304,11 +281,6 @@ class TextSource:
 
 class _Exhausted(Exception):
     """The stream ended."""
-
-
-def _line(error: BaseException | None) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def _kind(value: object) -> str:

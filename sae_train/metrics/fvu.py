@@ -5,6 +5,8 @@
 One attention sink in four thousand tokens carries more variance than all the others together, and a
 number that includes it says nothing about them; so `fvu` leaves outliers out and `fvu_all` keeps
 them. Sums are float64 over the whole set: averaging per-batch ratios gives another number.
+
+Rows without variance give 0 when reconstructed exactly, else a huge finite number, as `losses.fvu` does.
 """
 
 from typing import Self
@@ -12,6 +14,9 @@ from typing import Self
 import torch
 
 from sae_train.metrics.base import METRICS, EvalBatch, Metric, MetricConfig
+
+NO_VARIANCE = 1e-12
+"""Share of the sum of squares that is rounding of float64 sums over tens of thousands of rows."""
 
 
 @METRICS.register("fvu", MetricConfig)
@@ -47,10 +52,12 @@ class FVU(Metric):
 
     def compute(self) -> dict[str, float]:
         variance = self.squares - self.total.square().sum(dim=-1) / self.rows.clamp_min(1)
-        tiny = torch.finfo(torch.float64).tiny
-        ratio = self.error / variance.clamp_min(tiny)
+        # The difference of two equal sums is rounding, of either sign, and no variance.
+        variance = torch.where(variance > NO_VARIANCE * self.squares, variance, 0)
+        limits = torch.finfo(torch.float32)
+        ratio = (self.error / variance.clamp_min(limits.tiny)).clamp_max(limits.max)
         tokens = torch.cat(self.per_token) if self.per_token else torch.zeros(0, 2)
-        share = tokens[:, 0] / tokens[:, 1].clamp_min(torch.finfo(torch.float32).tiny)
+        share = (tokens[:, 0] / tokens[:, 1].clamp_min(limits.tiny)).clamp_max(limits.max)
         out = {"fvu": float(ratio[0]), "fvu_all": float(ratio[1])}
         if len(share):
             out["nmse_median"] = float(share.median())

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_train.files import write_bytes
+from sae_train.redact import redact
 from sae_train.report.table import METRICS, complete, shown
 
 
@@ -44,5 +45,5 @@ def write_card(path: Path, description: str, numbers: dict[str, float], meta: di
 
 
 def escape(text: str) -> str:
-    """Text without the characters that mean something to Markdown, HTML or a terminal."""
-    return "".join(c if (c.isprintable() and c not in "`<>|\\[]*_#") or c == "_" else " " for c in text)
+    """Text without secrets, or characters that mean something to Markdown, HTML or a terminal."""
+    return "".join(c if c.isprintable() and c not in "`<>|\\[]*#" else " " for c in str(redact(text)))

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sae_train.redact import printable
+from sae_train.redact import printable, redact
 from sae_train.report.table import time_table
 
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -47,7 +47,7 @@ def _figure(title: str, x_label: str, y_label: str) -> tuple[Any, Any]:
 
 def _plain(text: str) -> str:
     """Text as it is: matplotlib reads $...$ as mathematics and hides a legend's _name."""
-    text = printable(text).replace("$", r"\$")
+    text = printable(str(redact(text))).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
 
 

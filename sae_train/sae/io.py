@@ -7,7 +7,6 @@ weights, so a refusal costs neither the widths that were claimed nor the bytes t
 """
 
 import dataclasses
-import json
 import math
 import os
 import stat
@@ -23,15 +22,14 @@ from torch import Tensor
 
 from sae_train.activations.base import ACTIVATIONS
 from sae_train.errors import InputError
-from sae_train.files import CorruptFile, read_json, write_json, write_tensors
+from sae_train.files import MAX_HEADER_BYTES, CorruptFile, check_header, read_json, write_json, write_tensors
+from sae_train.redact import redact
 from sae_train.registry import Registry, discover
 from sae_train.sae.base import SAE, SAES, SAEConfig
 
 FORMAT_VERSION = 1
 KEYS = ("format_version", "kind", "d_in", "sae", "meta")
 MAX_CONFIG_BYTES = 1 << 20
-MAX_HEADER_BYTES = 1 << 20
-"""A handful of tensors take about 80 bytes of header each; safetensors itself reads up to 100 MB."""
 MAX_WIDTH = 1 << 24
 DTYPES = ("F32", "F16", "BF16", "F64")
 WEIGHTS, CONFIG = "sae.safetensors", "config.json"
@@ -50,15 +48,13 @@ def save_sae(sae: SAE, folder: Path, meta: dict[str, Any]) -> None:
     Args:
         sae: any architecture, in training or published form.
         folder: existing folder that receives sae.safetensors and config.json.
-        meta: JSON-able description: model, revision, hook, tokens trained, ...
+        meta: JSON-able description: model, revision, hook, tokens trained, ...; secrets are redacted.
     """
     published = sae.folded()
     config = dataclasses.asdict(sae.config) | {"d_sae": sae.d_sae}
     write_tensors(folder / WEIGHTS, {name: t.detach().cpu() for name, t in published.state_dict().items()})
-    write_json(
-        folder / CONFIG,
-        {"format_version": FORMAT_VERSION, "kind": "sae", "d_in": sae.d_in, "sae": config, "meta": meta},
-    )
+    about = {"format_version": FORMAT_VERSION, "kind": "sae", "d_in": sae.d_in, "sae": config}
+    write_json(folder / CONFIG, about | {"meta": redact(meta)})
 
 
 def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SAE:
@@ -170,7 +166,7 @@ def _plain(key: str, value: Any, hint: Any) -> Any:
 def _read_weights(path: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of the file in float32, if the header promises exactly the wanted names and shapes."""
     try:
-        _check_header(path)
+        check_header(path, MAX_HEADER_BYTES)
         # Opening checks that the header covers the file to the byte and reads no tensor; pread, because
         # memory-mapped weights would change, or end this process, when somebody writes to the file.
         with safe_open(path, framework="pt", backend="pread") as file:
@@ -186,25 +182,6 @@ def _read_weights(path: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
         reason = error.reason if isinstance(error, CorruptFile) else ascii(str(error))[1:-1][:200]
         raise InputError("path", str(path), f"a whole safetensors file ({reason})") from error
     return tensors
-
-
-def _check_header(path: Path) -> None:
-    """Refuse what safetensors would accept: a header of up to 100 MB, and a name given twice."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(table := dict(pairs)) != len(pairs):
-            raise ValueError("a name is given twice")
-        return table
-
-    with open(path, "rb") as file:
-        size_bytes = int.from_bytes(file.read(8), "little")
-        if size_bytes > MAX_HEADER_BYTES:
-            raise CorruptFile(path, f"{size_bytes} bytes of header, at most {MAX_HEADER_BYTES} are read")
-        header = file.read(size_bytes)
-    try:
-        json.loads(header.decode(), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise CorruptFile(path, f"its header is not valid JSON: {error}") from error
 
 
 def _compare(path: Path, slices: dict[str, Any], wanted: dict[str, Tensor]) -> None:

@@ -93,7 +93,8 @@ class LinearSAE(SAE):
         else:
             centre = torch.zeros_like(rows[0])
         if self.config.input_scale == "sqrt_d":
-            mean_norm = (rows - centre).norm(dim=-1).mean()
+            # In float64: squares overflow float32 from 1e19.
+            mean_norm = torch.linalg.vector_norm(rows - centre, dim=-1, dtype=torch.float64).mean()
             if mean_norm > 0:
                 self.input_scale.copy_(self.d_in**0.5 / mean_norm)
         self.b_dec.copy_(centre * self.input_scale)

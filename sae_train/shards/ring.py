@@ -141,10 +141,11 @@ class Prefetch:
         if self.device.type == "cuda":
             side = torch.cuda.Stream(self.device)
             side.wait_stream(torch.cuda.current_stream(self.device))  # the weights may still be on their way
-        self._thread = threading.Thread(
+        thread = threading.Thread(
             target=self._run, args=(self._stop, self._queue, self._permits, side), name="harvest", daemon=True
         )
-        self._thread.start()
+        thread.start()
+        self._thread = thread  # not before: a signal in between would leave one that cannot be joined
 
     def _run(
         self,

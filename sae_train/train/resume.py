@@ -24,6 +24,9 @@ ALLOWED = (
     # What a run is told to change when its data ends early; rows that it has seen stay the same.
     "corpus.allow_short",
     "corpus.epochs",
+    "corpus.attempts",
+    "corpus.retry_wait_s",
+    "corpus.timeout_s",
     "source.epochs",
 )
 WARNED = ("run.threads", "model.device", "model.attn_implementation", "kernels")

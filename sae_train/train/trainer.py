@@ -142,8 +142,12 @@ class Trainer:
             if due and self.saver.idle:
                 self._start_saving(state)
                 due = False
-            with self.clock.phase("rows"):
-                rows = state.source.next_batch()
+            try:
+                with self.clock.phase("rows"):
+                    rows = state.source.next_batch()
+            except NumericsError:  # the rows are bad, not what was trained on those before
+                self.save(state)
+                raise
             if rows is None:
                 self._end_of_data(state, steps)
                 return

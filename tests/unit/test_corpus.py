@@ -619,12 +619,6 @@ def test_a_hub_that_cuts_refuses_and_stalls_gives_every_document_once_and_one_th
     assert "could not be read in 3 attempts" in said["STOPPED"][0]
 
 
-def test_a_url_without_the_package_that_reads_it_is_refused(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="a URL needs the package aiohttp"):
-        documents_of("http://127.0.0.1:9/x.jsonl")
-
-
 def test_seeking_reads_no_earlier_row_group_of_a_parquet_file(tmp_path):
     path = write_rows(tmp_path / "a.parquet", ROWS)
     source = TextSource(TextSpec("corpus.name", str(path)), 0, QUICK)
