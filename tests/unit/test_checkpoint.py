@@ -51,17 +51,9 @@ def flip_a_byte(path: Path) -> None:
 
 
 def test_a_state_comes_back_with_its_types_dtypes_and_keys(tmp_path):
-    dtypes = [
-        torch.float32,
-        torch.bfloat16,
-        torch.float16,
-        torch.float64,
-        torch.int64,
-        torch.uint8,
-        torch.bool,
-    ]
+    names = "float32", "bfloat16", "float16", "float64", "int64", "uint8", "bool"
     state = {
-        "tensors": {str(dtype): torch.ones(2, 3).to(dtype) for dtype in dtypes},
+        "tensors": {name: torch.ones(2, 3).to(getattr(torch, name)) for name in names},
         "optim": {"state": {0: {"step": torch.tensor(7.0), "exp_avg": torch.randn(4)}, 1: {}, -2: None}},
         "awkward keys": {
             "": torch.tensor(1),
@@ -150,6 +142,10 @@ def damage(folder: Path, how: str) -> None:
             (folder / "more").write_text("x")
         case "no manifest":
             (folder / MANIFEST).unlink()
+        case "garbage":
+            (folder / MANIFEST).write_bytes(os.urandom(300))
+        case "no bytes":
+            os.truncate(folder / MANIFEST, 0)
         case "mixed":
             shutil.copy(folder.parent / "step-00000001/state.safetensors", folder)
         case "renamed copy":
@@ -159,7 +155,10 @@ def damage(folder: Path, how: str) -> None:
 
 @pytest.mark.parametrize(
     "how",
-    ["flip", "json", "truncate", "zero tail", "missing", "extra", "no manifest", "mixed", "renamed copy"],
+    [
+        *("flip", "json", "truncate", "zero tail", "missing", "extra"),
+        *("no manifest", "garbage", "no bytes", "mixed", "renamed copy"),
+    ],
 )
 def test_a_damaged_newest_checkpoint_falls_back_one_step_and_says_why(tmp_path, caplog, how):
     save_steps(tmp_path, [1, 2, 3])

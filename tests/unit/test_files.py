@@ -132,6 +132,29 @@ def test_an_existing_target_is_never_written_into_and_a_failure_leaves_nothing(t
     assert digest(folder / MANIFEST) == before
 
 
+def test_a_folder_that_is_no_longer_ours_when_all_is_written_gets_no_name(tmp_path):
+    seen = []
+
+    def lost() -> None:
+        (temp,) = tmp_path.iterdir()
+        seen.extend(sorted(p.name for p in temp.iterdir()))
+        raise PermissionError("taken over")
+
+    with (
+        pytest.raises(PermissionError, match="taken over"),
+        committed_folder(tmp_path / "step-1", "test", {}, lost) as temp,
+    ):
+        write_json(temp / "a.json", {})
+    assert seen == [MANIFEST, "a.json"], "asked last, when nothing is left to do but the rename"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_whose_parent_was_moved_away_is_not_made_anew(tmp_path):
+    with pytest.raises(FileNotFoundError), committed_folder(tmp_path / "gone" / "step-1", "test", {}):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_tensors_that_share_memory_or_are_not_contiguous_are_stored_whole(tmp_path):
     base = torch.arange(12.0).reshape(3, 4)
     tensors = {
