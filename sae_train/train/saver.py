@@ -1,7 +1,7 @@
 """Saving while training goes on: a copy of the state is written by a thread, one save at a time.
 
 The loop stands still only while the state is copied. Every step looks how the save under way ended; a
-failure is told at once, tried again at the next step, and after three in a row the run stops rather than
+failure is told at once and tried again before training goes on, and after three the run stops rather than
 train on without a net. What must not be lost (the last step, a stop that was asked for) is written before
 anything else happens.
 """
@@ -21,10 +21,10 @@ from sae_train.errors import StoppedEarly
 
 logger = logging.getLogger("sae_train.train")
 
-MOST_FAILURES = 3
-RETRY_S = 1.0
-"""Between two tries of a save that everything waits for. Slower devices recover; the 30 s that a job manager
+RETRY_S = (1.0, 5.0)
+"""Waits before the second and the third try. A device that is only busy recovers; the 30 s that a job manager
 leaves a stopped process do not allow for more."""
+MOST_FAILURES = 1 + len(RETRY_S)
 
 
 class Saver:
@@ -73,19 +73,20 @@ class Saver:
         self._thread.start()
 
     def now(self, step: int, state: Mapping[str, Any]) -> None:
-        """Write a state before going on, after the one under way; a failure is tried again at once.
+        """Write a state before going on, after the one under way; a failure is tried again, after a wait.
 
         Raises:
             StoppedEarly: three tries failed; the checkpoints before it are whole.
         """
         self.join()
         while True:
+            if self.failures:
+                time.sleep(RETRY_S[self.failures - 1])
             self._check()
             try:
                 self.checkpointer.save(step, state, self.meta)
             except OSError as error:
                 self._failed(step, error)
-                time.sleep(RETRY_S)
             else:
                 self.failures = 0
                 return

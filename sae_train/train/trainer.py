@@ -138,7 +138,8 @@ class Trainer:
         if self._is_judged_at(state.step, steps) and state.extra.get("judged") != state.step:
             self.judge(state)  # the earlier leg was stopped before it could
         while state.step < steps:
-            due = not self.saver.poll() or due
+            if not self.saver.poll():
+                self.save(state)
             if due and self.saver.idle:
                 self._start_saving(state)
                 due = False

@@ -97,7 +97,7 @@ def test_a_disk_with_room_for_the_record_and_no_checkpoint_is_found_out_at_the_f
     fill(space.path(disk), leave_bytes=60_000)
     text = zygote.run(*train(disk / "run", "train.tokens=64000"), code=75, before=space.before, plots=False)
     assert "step 0 could not be saved" in text
-    assert read_metrics(space.path(disk / "run"))[-1]["step"] < 40
+    assert all(r["step"] < 40 for r in read_metrics(space.path(disk / "run")))
     assert whole_steps(space.path(disk / "run")) == []
 
 
