@@ -1,5 +1,7 @@
 """Signals: the first SIGTERM, SIGUSR1 or Ctrl-C asks the run to save and leave, the second ends it."""
 
+import ctypes
+import os
 import signal
 from types import FrameType
 
@@ -45,10 +47,13 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if stop.reason() is not None:
-            return  # a scheduler that repeats its warning (SIGUSR1) does not mean "now"
+            if number != signal.SIGUSR1:  # a scheduler may repeat its warning; it does not mean "now"
+                os.kill(os.getpid(), number)  # the second came before this handler was run for the first
+            return
         stop.request(f"received {signal.Signals(number).name}")
         for again in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(again, signal.SIG_DFL)
+            # Not by Python's signal(), which forgets one that has come and waits for its handler.
+            ctypes.CDLL(None).signal(int(again), None)
         if not self._deferred:
             raise stop.Interrupted(
                 f"{stop.reason()}: stopped before the next step; the same command continues"

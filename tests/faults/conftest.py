@@ -13,7 +13,7 @@ def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
     yield made
     assert made.server.stdin is not None
     made.server.stdin.close()
-    made.server.wait(10)
+    made.server.wait(60)
 
 
 @pytest.fixture(scope="session")

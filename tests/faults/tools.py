@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ TINY = [
     "corpus.context_length=16",
     "corpus.holdout=0.25",
     "corpus.epochs=400",
+    "corpus.shuffle_windows=24",
     "source.shard_tokens=256",
     "source.lanes=2",
     "sae.d_sae=48",
@@ -33,7 +35,19 @@ TINY = [
     "checkpoint.every=10",
     "run.threads=1",
 ]
-"""200 steps of 32 rows in about 2 s; a later `key=value` wins."""
+"""200 steps of 32 rows in about 2 s; a later `key=value` wins. Shards are of 16 windows: some begin within a
+block of shuffled windows, some with one."""
+WITHOUT_MODEL = [key for key in TINY if not key.startswith(("hook=", "corpus."))]
+"""The same for sources of rows that are no language model."""
+SYNTHETIC = [
+    "source=synthetic",
+    "source.synthetic={d: 16, features: 32, groups: 4, group_size: 4, l0: 2, rows: 2000}",
+    "source.holdout=0.1",
+    "source.epochs=8",
+    *WITHOUT_MODEL,
+]
+DYING = ["sae.d_sae=96", "sae.activation.k=2", "sae.dead_after_tokens=64"]
+"""Many latents are dead, so the auxiliary loss is at work."""
 
 
 class Process:
@@ -103,6 +117,7 @@ class Zygote:
         rows: Path | None = None,
         env: dict[str, str] | None = None,
         before: str | None = None,
+        plots: bool = True,
     ) -> Process:
         """Start `sae-train args...`.
 
@@ -110,10 +125,11 @@ class Zygote:
             rows: file to which the ids of every batch trained on are appended.
             env: more environment.
             before: Python that the process runs first.
+            plots: False leaves the report's pictures empty, which halves the time of a short run.
         """
         self.count += 1
         out = self.folder / f"{self.count:04}.txt"
-        job = {"run": list(args), "out": str(out), "env": env, "before": before}
+        job = {"run": list(args), "out": str(out), "env": env, "before": before, "plots": plots}
         return Process(self, self.ask(job | {"rows": str(rows) if rows else None}), out)
 
     def run(self, *args: str, code: int = 0, timeout_s: float = 90, **kwargs: Any) -> str:
@@ -122,6 +138,109 @@ class Zygote:
         found = process.wait(timeout_s)
         assert found == code, f"exit {found}, not {code}: {process.text()}"
         return process.text()
+
+
+def call(target: str, action: str, nth: int | None = None, after: bool = False, since: int = 1) -> str:
+    """Code for `before=`: run `action` whenever a function is called.
+
+    Args:
+        target: "module:name" or "module:Class.name".
+        action: Python; `os`, `time` and the call's `args` are there.
+        nth: only at this call, counted from 1; None is every one.
+        after: when the call has returned, not before it.
+        since: from this call on.
+    """
+    return f"""
+def install():
+    import functools, importlib, os, time
+    module, _, path = {target!r}.partition(":")
+    owner = importlib.import_module(module)
+    *outer, name = path.split(".")
+    for part in outer:
+        owner = getattr(owner, part)
+    real, action, count = getattr(owner, name), compile({action!r}, "action", "exec"), [0]
+    def act(args, mine):
+        if {nth} in (None, mine) and mine >= {since}:
+            exec(action, {{"os": os, "time": time, "args": args}})
+    @functools.wraps(real)
+    def wrapped(*args, **kwargs):
+        count[0] += 1
+        mine = count[0]
+        if not {after}:
+            act(args, mine)
+        result = real(*args, **kwargs)
+        if {after}:
+            act(args, mine)
+        return result
+    setattr(owner, name, wrapped)
+install()
+"""
+
+
+def send(number: int) -> str:
+    """Action: a signal to this process."""
+    return f"os.kill(os.getpid(), {int(number)})"
+
+
+def at_step(step: int, action: str) -> str:
+    """Code for `before=`: run `action` while this optimizer step is done, resumed or not."""
+    return call(
+        "sae_train.shards.source:ShardSource.next_batch",
+        f"if args[0].batches == {step}:\n    {action}",
+        after=True,
+    )
+
+
+def kill_once_saved(run: Path, step: int) -> str:
+    """Code for `before=`: SIGKILL in this step, or in the first after it that a checkpoint lies behind."""
+    return call(
+        "sae_train.shards.source:ShardSource.next_batch",
+        f"""
+if args[0].batches >= {step}:
+    from pathlib import Path
+    from sae_train.checkpoint import Checkpointer
+    for _ in range(20):  # a save in the background may be slow, and the next one waits for it
+        if Checkpointer.steps(Path({str(run)!r}, "checkpoints"))[-1:] > [0]:
+            {send(signal.SIGKILL)}
+        time.sleep(0.01)
+""",
+        after=True,
+    )
+
+
+def kill_soon(seconds: float) -> str:
+    """Action: SIGKILL from outside after some time, wherever the process is then."""
+    shell = f"sleep {seconds}; kill -9 "
+    return f"import subprocess; subprocess.Popen(['sh', '-c', {shell!r} + str(os.getpid())])"
+
+
+def newest(run: Path) -> int | None:
+    """The newest committed step of a run."""
+    steps = Checkpointer.steps(run / "checkpoints")
+    return steps[-1] if steps else None
+
+
+def resumed_at(text: str) -> int | None:
+    """The step that a command says it continues from."""
+    found = re.search(r"continuing \S+ from step (\d+) of", text)
+    return int(found[1]) if found else None
+
+
+TIMED = re.compile(r"time|seconds|tokens_per_s|rss_bytes|kernels/.*")
+
+
+def told(run: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl without what is measured of the process and not of the training."""
+    return [{k: v for k, v in record.items() if not TIMED.fullmatch(k)} for record in read_metrics(run)]
+
+
+def whole_tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, but for the lock's record."""
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name != ".lock"
+    }
 
 
 def final_state(run: Path) -> dict[str, Any]:

@@ -3,11 +3,14 @@
 Real processes to kill, stop and trace, without paying for `import torch` each time. Reads one JSON request
 per line and answers each with one line:
 
-    {"run": [args], "out": PATH, "env": {...}, "rows": PATH or null, "before": CODE or null}  -> pid
-    {"poll": pid}                                                                       -> exit code or null
+    {"run": [args], "out": PATH, "env": {...}, "rows": PATH or null, "before": CODE or null, "plots": BOOL}
+        -> pid
+    {"poll": pid}
+        -> exit code or null
 
 `rows` appends the ids of every batch that is trained on (little-endian int64, a count first) to a file;
-`before` is Python run in the child before the command, for faults that no signal can make.
+`before` is Python run in the child before the command, for faults that no signal can make; without `plots`
+the report's pictures are empty files, because drawing them takes longer than the whole run.
 """
 
 import json
@@ -17,9 +20,17 @@ import traceback
 from typing import Any
 
 import datasets  # noqa: F401
+import matplotlib.figure
 import torch
-import transformers  # noqa: F401
+import transformers.models.llama.modeling_llama  # noqa: F401
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+# Commands import much of this when they need it, and transformers loads models lazily: seconds per child.
+import sae_train.cli.eval
+import sae_train.cli.harvest
+import sae_train.cli.status
+import sae_train.cli.train  # noqa: F401
+from sae_train.cli.compose import compose
 from sae_train.cli.main import main
 from sae_train.train.ledger import RowLedger
 
@@ -36,6 +47,11 @@ def record_rows(path: str) -> None:
     RowLedger.add = recorded  # type: ignore[method-assign]
 
 
+def empty_picture(figure: Any, path: Any, **kwargs: Any) -> None:
+    with open(path, "wb"):
+        pass
+
+
 def child(job: dict[str, Any]) -> int:
     out = os.open(job["out"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(out, 1)
@@ -43,6 +59,8 @@ def child(job: dict[str, Any]) -> int:
     os.environ.update(job.get("env") or {})
     if job.get("rows"):
         record_rows(job["rows"])
+    if not job.get("plots", True):
+        matplotlib.figure.Figure.savefig = empty_picture  # type: ignore[method-assign]
     try:
         if job.get("before"):
             exec(job["before"], {})
@@ -56,6 +74,9 @@ def child(job: dict[str, Any]) -> int:
 
 def serve() -> None:
     torch.set_num_threads(1)
+    for verb in ("train", "harvest"):
+        compose(verb, [])
+    get_checkpoint_conversion_mapping("llama")  # makes a table of them all
     ended: dict[int, int] = {}
     print("ready", flush=True)
     for line in sys.stdin:
@@ -80,3 +101,4 @@ def serve() -> None:
 
 if __name__ == "__main__":
     serve()
+    os._exit(0)  # taking down what was imported takes seconds
