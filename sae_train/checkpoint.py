@@ -161,7 +161,12 @@ class Checkpointer:
 
     def _read(self, folder: Path) -> tuple[int, dict[str, Any], dict[str, Any]]:
         step, meta = _verify_step(folder)
-        state = _unflatten(read_json(folder / "state.json"), read_tensors(folder / "state.safetensors"))
+        try:
+            state = _unflatten(read_json(folder / "state.json"), read_tensors(folder / "state.safetensors"))
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise CorruptFolder(folder, f"its state cannot be put together ({error})") from error
+        if not isinstance(state, dict):
+            raise CorruptFolder(folder, "its state is no table")
         if folder.resolve() == self.path(step).resolve():
             self._current = step
             self._whole[step] = True
@@ -196,6 +201,8 @@ class Checkpointer:
 
 def _verify_step(folder: Path) -> tuple[int, dict[str, Any]]:
     meta = verify(folder, KIND)["meta"]
+    if type(meta.get("step")) is not int or not isinstance(meta.get("run"), dict):
+        raise CorruptFolder(folder, "its manifest does not describe a checkpoint")
     if re.fullmatch(r"step-\d{8,}", folder.name) and folder.name != f"step-{meta['step']:08d}":
         raise CorruptFolder(folder, f"its manifest is that of step {meta['step']}")
     return meta["step"], meta["run"]

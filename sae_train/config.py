@@ -25,6 +25,7 @@ from sae_train.harvest.corpus import CorpusConfig
 from sae_train.harvest.filters import FilterConfig
 from sae_train.harvest.model import ModelConfig
 from sae_train.log import LoggerConfig
+from sae_train.redact import refuse_secrets
 from sae_train.registry import discover, nearest
 from sae_train.sae.base import SAES, SAEConfig
 from sae_train.shards.source import SourceConfig
@@ -105,6 +106,8 @@ class EvalCommandConfig:
     """Held-out tokens for reconstruction metrics. Unset: as in the run's configuration."""
     ce_tokens: int | None = None
     """Held-out tokens for cross-entropy. Unset: as in the run's configuration."""
+    trust_remote_code: bool = False
+    """Run the model's own Python code, as the run did. Taken from here only, never from the run's files."""
 
 
 def register() -> None:
@@ -126,19 +129,21 @@ def to_config(composed: DictConfig) -> Any:
     """The dataclasses that a composed configuration describes; runs their checks.
 
     Raises:
-        InputError: a required key is missing, or a check fails.
+        InputError: a required key is missing, a value holds a secret of the environment, or a check fails.
     """
-    _refuse_added(composed, "")
-    missing = OmegaConf.missing_keys(composed)
-    if missing:
-        key = sorted(missing)[0]
-        raise InputError(key, "???", f"a value: say {key}=... on the command line")
     try:
+        _refuse_added(composed, "")
+        missing = OmegaConf.missing_keys(composed)
+        if missing:
+            key = sorted(missing)[0]
+            raise InputError(key, "???", f"a value: say {key}=... on the command line")
+        refuse_secrets(OmegaConf.to_container(composed, resolve=True))
         return OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         if isinstance(error.__cause__, InputError):
             raise error.__cause__ from None
-        raise
+        key = str(getattr(error, "full_key", None) or "configuration")
+        raise InputError(key, "...", f"a value that can be used ({_first_line(error)})") from None
 
 
 def _refuse_added(node: DictConfig, prefix: str) -> None:

@@ -202,7 +202,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(whole.splitlines(), 1):
         try:
             records.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             start = line[:40].decode(errors="replace")
             raise InputError(f"{path}:{number}", start, f"JSON ({error})") from error
     return records

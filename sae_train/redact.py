@@ -29,12 +29,21 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\
 def secrets() -> list[str]:
     """Values of environment variables whose name says that they are secret, the longest first.
 
-    Each also as it looks in a URL, in JSON and in a Python literal. A file's or folder's path is none.
+    Each also as it looks in a URL, and inside JSON or a Python literal, or one of these inside the other.
+    A file's or folder's path is none.
     """
-    values: set[str] = set()
+    forms: set[str] = set()
     for value in _secret_variables().values():
-        values |= {value, quote(value, safe=""), json.dumps(value)[1:-1], repr(value)[1:-1]}
-    return sorted(values, key=len, reverse=True)
+        forms |= {value, quote(value, safe="")}
+    for _ in range(2):
+        forms |= {json.dumps(form)[1:-1] for form in forms}
+        forms |= {_escaped(form, quotes) for form in forms for quotes in ("", "'", '"', "'\"")}
+    return sorted(forms, key=len, reverse=True)
+
+
+def _escaped(text: str, quotes: str) -> str:
+    """Backslashes before backslashes and quotes, as `repr` has them; which quotes depends on the rest."""
+    return "".join("\\" + c if c == "\\" or c in quotes else c for c in text)
 
 
 def _secret_variables() -> dict[str, str]:

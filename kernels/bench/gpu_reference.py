@@ -67,7 +67,7 @@ def compare(path: str, mse: float, moment: Tensor | None) -> dict[str, float]:
     Args:
         mse: squared error per element of the first batch.
         moment: [F, D] anything in proportion to the gradient of w_enc, or None."""
-    want = torch.load(path)
+    want = torch.load(path, weights_only=True)
     loss = {"loss": abs(mse / want["mse"] - 1)}
     if moment is None:
         return loss

@@ -19,6 +19,8 @@ from sae_train.registry import nearest
 from sae_train.train.resume import flatten
 
 CONFIG_MODULE = "sae_train.conf"
+STRANGE = (ValueError, TypeError, AttributeError, LookupError, AssertionError, RecursionError)
+"""What Hydra and its parser raise about values that they did not think of, such as sae=1."""
 
 
 def compose(verb: str, overrides: list[str]) -> DictConfig:
@@ -32,7 +34,7 @@ def compose(verb: str, overrides: list[str]) -> DictConfig:
     try:
         with hydra.initialize_config_module(CONFIG_MODULE, version_base="1.3"):
             return hydra.compose(config_name=verb, overrides=overrides)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, *STRANGE) as error:
         raise _explain(verb, overrides, error) from None
 
 
@@ -89,7 +91,7 @@ def _explain(verb: str, overrides: list[str], error: Exception) -> InputError:
     for override in reversed(overrides):  # of two for one key, the last is the one that counts
         try:
             parsed = OverridesParser.create().parse_override(override)
-        except HydraException:
+        except (HydraException, *STRANGE):
             return InputError(
                 "override", override, "key=value (quote values that hold spaces, commas or braces)"
             )

@@ -4,12 +4,14 @@ The run's own configuration says where held-out rows come from; nothing is train
 """
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from sae_train.cli.compose import compose, run_composed
 from sae_train.cli.finish import finite, print_results
@@ -19,8 +21,9 @@ from sae_train.devices import pick_device
 from sae_train.errors import InputError
 from sae_train.evaluate import evaluate
 from sae_train.files import read_json, write_json
-from sae_train.sae.io import load_sae
+from sae_train.sae.io import CONFIG, MAX_CONFIG_BYTES, load_sae, sae_config
 from sae_train.train.record import RunRecord
+from sae_train.train.resume import flatten
 
 
 def run(args: list[str]) -> int:
@@ -40,14 +43,17 @@ def judge(composed: DictConfig) -> int:
     )
     if not folders:
         raise InputError("run", request.run, "a finished run: it has published no SAE yet")
-    config = saved_config(record.config)
+    config = saved_config(run_dir, record.config)
+    if config.model.trust_remote_code and not request.trust_remote_code:
+        asked = f"true, to run the Python code of {config.model.name} as the run says it did"
+        raise InputError("trust_remote_code", False, asked)
     config.eval = replace(
         config.eval,
         tokens=request.tokens if request.tokens is not None else config.eval.tokens,
         ce_tokens=request.ce_tokens if request.ce_tokens is not None else config.eval.ce_tokens,
     )
     hooks = {path: hook_of(path) for path in folders}
-    torch.set_num_threads(record.chosen["threads"])
+    torch.set_num_threads(min(record.chosen["threads"], 4 * (os.cpu_count() or 1)))
     device = pick_device(config.model.device)
     wired = wire(config, list(hooks.values()), device, dict(record.chosen), lambda dims: None)
     try:
@@ -69,13 +75,24 @@ def judge(composed: DictConfig) -> int:
     return 0
 
 
-def saved_config(tree: dict[str, Any]) -> Config:
-    """The typed configuration that a run was started with."""
+def saved_config(run_dir: Path, tree: dict[str, Any]) -> Config:
+    """The typed configuration that a run was started with.
+
+    Raises:
+        InputError: it is none, or refers to something: a value such as ${oc.env:NAME} was replaced by what
+            it stood for when the run began, so one in the record can only have been put there.
+    """
     keep = {key: value for key, value in tree.items() if key != "members"}
-    schema = compose(
-        "train", [f"sae={keep['sae']['name']}", f"sae/activation={keep['sae']['activation']['name']}"]
-    )
-    merged = OmegaConf.merge(schema, OmegaConf.create(keep))
+    expected = "the configuration of a run, as `sae-train train` writes it"
+    if any("${" in str(part) for item in flatten(keep).items() for part in item):
+        raise InputError(str(run_dir / "run.json"), "${...}", f"{expected}, without references")
+    sae = sae_config(keep.get("sae"))
+    schema = compose("train", [f"sae={sae.name}", f"sae/activation={sae.activation.name}"])
+    try:
+        merged = OmegaConf.merge(schema, OmegaConf.create(keep))
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(str(run_dir / "run.json"), "config", f"{expected} ({reason})") from None
     assert isinstance(merged, DictConfig)
     config: Config = to_config(merged)
     return config
@@ -83,7 +100,7 @@ def saved_config(tree: dict[str, Any]) -> Config:
 
 def hook_of(folder: Path) -> str:
     """Which hook a published SAE reads, from its config.json."""
-    data = read_json(folder / "config.json")
+    data = read_json(folder / CONFIG, MAX_CONFIG_BYTES)
     meta = data.get("meta") if isinstance(data, dict) else None
     hook = meta.get("hook") if isinstance(meta, dict) else None
     if not isinstance(hook, str):

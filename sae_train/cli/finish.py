@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
+from sae_train import stop
 from sae_train.cli.wire import Wired
 from sae_train.config import Config, as_tree
 from sae_train.evaluate import HeldOut, Splice, evaluate
@@ -62,6 +63,7 @@ def finish(
     records = read_metrics(folder)
     reports = []
     for member in state.members:
+        stop.check()
         with clock.phase("report"):
             reports.append(
                 publish(

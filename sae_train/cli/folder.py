@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import socket
+import stat
 import threading
 import time
 import uuid
@@ -151,9 +152,13 @@ def last_beat_s(folder: Path) -> float | None:
     """Seconds since the owner of a folder last gave a sign of life; None when nobody owns it."""
     path = folder / LOCK
     try:
-        if not path.read_bytes()[:MAX_RECORD_BYTES].strip():
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode):  # in a folder from somebody else it may be anything
             return None
-        return max(0.0, time.time() - path.stat().st_mtime)
+        with open(path, "rb") as file:
+            if not file.read(MAX_RECORD_BYTES).strip():
+                return None
+        return max(0.0, time.time() - status.st_mtime)
     except OSError:
         return None
 

@@ -6,11 +6,13 @@ import importlib
 import os
 import platform
 import sys
+import traceback
 
 from sae_train.cli.help import overview
+from sae_train.cli.signals import StopSignals
 from sae_train.errors import InputError, NumericsError, StoppedEarly
 from sae_train.files import CorruptFile
-from sae_train.log import printable
+from sae_train.redact import printable, redact
 from sae_train.registry import nearest
 from sae_train.stop import Interrupted
 
@@ -51,8 +53,24 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def shown(message: str, keep: str = "") -> str:
+    """A message as the terminal may have it: it can quote what a stranger wrote, or what nobody may see."""
+    return printable(str(redact(message)), keep)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code (0 done, 2 input, 3 numerics, 75 stopped and saved)."""
+    """Run one command; returns the exit code (0 done, 1 a bug, 2 input, 3 numerics, 75 stopped and saved)."""
+    try:
+        return command(argv)
+    except Exception as error:
+        # A bug: its traceback is for whoever mends it, but it may quote secrets. wandb replaces
+        # sys.excepthook by one that prints everything, so this is the place.
+        print(shown("".join(traceback.format_exception(error)), keep="\n"), end="", file=sys.stderr)
+        return 1
+
+
+def command(argv: list[str] | None) -> int:
+    """Run one command, and turn what may be expected to end it into an exit code."""
     one_arena()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     args = sys.argv[1:] if argv is None else list(argv)
@@ -67,22 +85,20 @@ def main(argv: list[str] | None = None) -> int:
             print(importlib.import_module("sae_train.cli.keys").verb_help(verb))
             return 0
         # Each command pulls in torch and more; loading one only when it runs keeps --help immediate.
-        command = importlib.import_module(f"sae_train.cli.{verb}")
-        code: int = command.run(rest)
+        with StopSignals():  # those seconds too: a scheduler may change its mind at any time
+            code: int = importlib.import_module(f"sae_train.cli.{verb}").run(rest)
         return code
     except (InputError, NumericsError, StoppedEarly) as error:
-        print(printable(f"sae-train {verb}: {error}"), file=sys.stderr)
+        print(shown(f"sae-train {verb}: {error}"), file=sys.stderr)
         return error.exit_code
     except CorruptFile as error:
-        print(
-            printable(f"sae-train {verb}: {error} (expected a file that this release wrote)"), file=sys.stderr
-        )
+        print(shown(f"sae-train {verb}: {error} (expected a file that this release wrote)"), file=sys.stderr)
         return InputError.exit_code
     except OSError as error:
         if error.errno not in OUTSIDE_ERRORS:
             raise
         print(
-            printable(
+            shown(
                 f"sae-train {verb}: {error}; what was saved before is whole: once that is mended, the same "
                 "command continues"
             ),
@@ -94,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         asked = str(error).splitlines()[0] if str(error) else "no more to be had"
         print(
-            printable(
+            shown(
                 f"sae-train {verb}: out of memory ({asked}); lower train.batch_tokens, source.shard_tokens, "
                 "eval.tokens or sae.d_sae. Checkpoints are whole"
             ),

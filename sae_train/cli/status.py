@@ -7,7 +7,10 @@ from pathlib import Path
 from sae_train.checkpoint import Checkpointer
 from sae_train.cli.folder import BEAT_S, DEAD_AFTER_BEATS, last_beat_s
 from sae_train.errors import InputError
+from sae_train.redact import printable
 from sae_train.train.record import RunRecord
+
+TAIL_BYTES = 1 << 20
 
 
 def run(args: list[str]) -> int:
@@ -19,10 +22,10 @@ def run(args: list[str]) -> int:
     if record is None:
         raise InputError("run", str(folder), "a run folder (it holds run.json)")
     last = last_record(folder / "metrics.jsonl")
-    step = max(record.step, int(last.get("step") or 0))
+    step = max(record.step, last["step"] if last else 0)
     saved = Checkpointer.steps(folder / "checkpoints")
-    print(f"run        {folder}")
-    print(f"status     {record.status}, step {step} of {record.steps} ({step / record.steps:.0%})")
+    print(printable(f"run        {folder}"))
+    print(f"status     {printable(record.status)}, step {step} of {record.steps} ({step / record.steps:.0%})")
     if "tokens_per_s" in last:
         print(f"rate       {last['tokens_per_s']:,.0f} tokens/s")
     print(f"saved      {f'step {saved[-1]}' if saved else 'nothing yet'}")
@@ -43,14 +46,18 @@ def alive(beat_s: float | None) -> str:
 
 
 def last_record(path: Path) -> dict[str, float]:
-    """The newest training record of metrics.jsonl, or nothing; damaged and cut-off lines are passed over."""
+    """The newest training record near the end of metrics.jsonl, or nothing; damaged lines are passed over."""
     if not path.is_file():
         return {}
-    for line in reversed(path.read_text(encoding="utf-8", errors="replace").splitlines()):
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+        tail = file.read(TAIL_BYTES)
+    for line in reversed(tail.splitlines()):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and isinstance(record.get("tokens_per_s"), float):
+        known = isinstance(record, dict) and type(record.get("step")) is int
+        if known and isinstance(record.get("tokens_per_s"), float):
             return record
     return {}

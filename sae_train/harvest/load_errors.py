@@ -10,22 +10,32 @@ from safetensors import SafetensorError
 
 from sae_train.errors import InputError
 
+LOADING = (OSError, ValueError, LookupError, ImportError, RuntimeError)
+STRANGE = (TypeError, AttributeError, ArithmeticError)
+
 
 @contextmanager
 def input_errors(field: str, value: str) -> Iterator[None]:
     """What loading can raise, as one line without secrets.
 
     OSError covers absent files, the hub's answers and no network; ValueError unknown kinds of model and bad
-    JSON; KeyError and ImportError missing pieces of a configuration or installation; SafetensorError and
-    RuntimeError damaged or mismatched weights.
+    JSON; LookupError and ImportError missing pieces of a configuration or installation; SafetensorError and
+    RuntimeError damaged or mismatched weights. A stranger's files also hold values that no code was written
+    for: TypeError, AttributeError and ArithmeticError come of those; StrictDataclassError is what the hub's
+    library makes of some, and tokenizers raises `Exception` itself.
     """
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
         yield
     except InputError:
         raise
     except torch.OutOfMemoryError:
         raise InputError(field, value, "a model that fits the device's memory") from None
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError, RuntimeError) as error:
+    except Exception as error:
+        expected = (*LOADING, *STRANGE, SafetensorError, StrictDataclassError)
+        if not isinstance(error, expected) and type(error) is not Exception:
+            raise
         if "contains custom code" in str(error):
             unknown = (
                 f"true, to run the Python code that comes with {value}, which transformers does not know"

@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sae_train.errors import InputError
 from sae_train.files import (
+    MAX_HEADER_BYTES,
     CorruptFile,
     CorruptFolder,
     committed_folder,
@@ -40,6 +42,10 @@ from sae_train.shards.shard import Shard, ShardStream
 logger = logging.getLogger(__name__)
 
 KIND = "shard"
+MAX_HARVEST_BYTES = 2 << 20
+"""Of harvest.json; ours has kilobytes."""
+MAX_WIDTH = 1 << 24
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ROWS = "rows.safetensors"
 IDS = "ids"
 
@@ -67,11 +73,39 @@ class Harvest:
         if not path.exists():
             return None
         try:
-            return Harvest(**read_json(path))
+            data = read_json(path, MAX_HARVEST_BYTES)
+            if isinstance(data, dict) and type(data.get("format")) is int and data["format"] > 1:
+                raise InputError(
+                    "source.path", str(folder), f"harvest format 1 or older, it has format {data['format']}"
+                )
+            found = Harvest(**data)
         except (CorruptFile, TypeError) as error:
             raise InputError(
                 "source.path", str(path), f"a harvest.json of sae-train harvest ({error})"
             ) from error
+        if wrong := found.misfits():
+            raise InputError(
+                "source.path", str(path), f"a harvest.json of sae-train harvest, with its {wrong}"
+            )
+        return found
+
+    def misfits(self) -> str | None:
+        """What in it is not as this package writes it, or None. A harvest may come from anyone."""
+        whole = (self.format, self.lanes, self.shards, self.rows)
+        sound: dict[str, Any] = {
+            "dims": _is_table(self.dims, int)
+            and self.dims
+            and all(0 < d <= MAX_WIDTH for d in self.dims.values()),
+            "fingerprint": _is_table(self.fingerprint, str),
+            "counts": _is_table(self.counts, int),
+            "numbers": all(type(n) is int and n >= 0 for n in whole) and self.lanes > 0,
+            "complete": type(self.complete) is bool,
+        }
+        return next((name for name, good in sound.items() if not good), None)
+
+
+def _is_table(value: Any, kind: type) -> bool:
+    return isinstance(value, dict) and all(type(item) is kind for item in value.values())
 
 
 def shard_path(folder: Path, index: int) -> Path:
@@ -235,8 +269,11 @@ class ShardWriter:
 def _verified(path: Path, index: int) -> dict[str, Any]:
     """The meta of a shard every byte of which is right and that is the one its name says."""
     meta: dict[str, Any] = verify(path, KIND)["meta"]
-    if meta["index"] != index:
-        raise CorruptFolder(path, f"its manifest is that of shard {meta['index']}")
+    if meta.get("index") != index:
+        raise CorruptFolder(path, f"its manifest is that of shard {str(meta.get('index'))[:20]}")
+    sound = _is_table(meta.get("hooks"), str) and _is_table(meta.get("counts"), int)
+    if not sound or not isinstance(meta.get("cursor"), dict) or type(meta.get("rows")) is not int:
+        raise CorruptFolder(path, "its manifest does not describe a shard")
     return meta
 
 
@@ -270,10 +307,6 @@ class DiskShards:
         if harvest is None:
             raise InputError(
                 "source.path", str(folder), "a folder written by sae-train harvest (it has harvest.json)"
-            )
-        if harvest.format > 1:
-            raise InputError(
-                "source.path", str(folder), f"harvest format 1 or older, it has format {harvest.format}"
             )
         if not harvest.complete:
             raise InputError(
@@ -333,7 +366,8 @@ class DiskShards:
         path = shard_path(self.folder, index)
         try:
             meta = _verified(path, index)
-            tensors = read_tensors(path / ROWS, self.device)
+            tensors = read_tensors(path / ROWS, self.device, MAX_HEADER_BYTES)
+            self._check(path, meta, tensors)
         except (CorruptFile, FileNotFoundError) as error:
             reason = error.reason if isinstance(error, CorruptFile) else "it is gone"
             raise InputError(
@@ -341,10 +375,6 @@ class DiskShards:
                 str(path),
                 f"the shard as harvested, but {reason}; run the same harvest command again",
             ) from error
-        if (their := meta["fingerprint"]) != self.harvest.fingerprint:
-            raise InputError(
-                "source.path", str(path), f"a shard of this harvest, not of another one ({their})"
-            )
         return Shard(
             index=self._epoch * self.harvest.shards + self._position,
             rows={hook: tensors[meta["hooks"][hook]] for hook in self.hooks},
@@ -353,3 +383,15 @@ class DiskShards:
             cursor={"epoch": self._epoch, "position": self._position},
             seconds={"read": time.perf_counter() - start},
         )
+
+    def _check(self, path: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """See that a shard holds what is said of it: its digests do not vouch for its author."""
+        if meta.get("fingerprint") != self.harvest.fingerprint:
+            raise CorruptFile(path, "it is a shard of another harvest")
+        rows, ids = meta["rows"], tensors.get(IDS)
+        if ids is None or ids.dtype != torch.int64 or ids.shape != (rows,) or rows % self.lanes:
+            raise CorruptFile(path, f"it has no {rows} numbered rows in {self.lanes} lanes")
+        for hook in self.hooks:
+            x = tensors.get(meta["hooks"].get(hook, ""))
+            if x is None or x.dtype not in DTYPES or x.shape != (rows, self.dims[hook]):
+                raise CorruptFile(path, f"it has no {rows} rows of width {self.dims[hook]} for {hook}")

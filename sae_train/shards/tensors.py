@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sae_train.batch import RawRows
 from sae_train.errors import InputError
-from sae_train.files import digest
+from sae_train.files import CorruptFile, check_header, digest
 from sae_train.registry import nearest
 from sae_train.seeds import permutation
 from sae_train.shards.shard import even_lanes
@@ -67,7 +67,7 @@ class TensorRows:
             self._files = stack.pop_all()
         shapes = [tuple(s.get_shape()) for s in self._slices]
         for path, shape, part in zip(self.paths, shapes, self._slices, strict=True):
-            if len(shape) != 2 or part.get_dtype() not in DTYPES:
+            if len(shape) != 2 or shape[1] < 1 or part.get_dtype() not in DTYPES:
                 raise InputError(
                     "source.paths",
                     str(path),
@@ -168,9 +168,11 @@ def _open(path: Path, key: str, stack: ExitStack) -> Any:
     if not path.is_file():
         raise InputError("source.paths", str(path), "a safetensors file that exists")
     try:
+        check_header(path.resolve())  # named by the user, so a link is welcome
         file = stack.enter_context(safe_open(path, framework="pt"))
-    except SafetensorError as error:
-        raise InputError("source.paths", str(path), f"a whole safetensors file ({error})") from error
+    except (SafetensorError, CorruptFile) as error:
+        reason = error.reason if isinstance(error, CorruptFile) else ascii(str(error))[1:-1][:200]
+        raise InputError("source.paths", str(path), f"a whole safetensors file ({reason})") from error
     if key not in file.keys():  # noqa: SIM118 (not a dict: it has no __contains__)
         raise InputError("source.key", key, f"a tensor of {path}: {nearest(key, list(file.keys()))}")
     return file.get_slice(key)

@@ -108,6 +108,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     for number, parameter in zip(numbers, parameters, strict=True):
         if number in saved["state"]:
+            for name in ("exp_avg", "exp_avg_sq"):
+                if (shape := saved["state"][number][name].shape) != parameter.shape:  # torch would not look
+                    raise ValueError(f"{name} of a parameter {list(parameter.shape)} is {list(shape)}")
             optimizer.state[parameter] = {
                 name: value.to(parameter.device) if isinstance(value, Tensor) else value
                 for name, value in saved["state"][number].items()

@@ -15,7 +15,7 @@ from sae_train.files import CorruptFile, read_json, write_json
 logger = logging.getLogger("sae_train.train")
 
 FORMAT_VERSION = 1
-MAX_RECORD_BYTES = 4 << 20
+MAX_RECORD_BYTES = 2 << 20
 
 
 @dataclass
@@ -73,6 +73,8 @@ class RunRecord:
             raise InputError(str(path), found, f"format version {FORMAT_VERSION}, the one this release reads")
         kinds = {f.name: type(getattr(cls("", {}, {}, {}, 1), f.name)) for f in fields(cls)}
         wrong = [name for name in kinds.keys() | data.keys() if type(data.get(name)) is not kinds.get(name)]
+        if not wrong and (type(data["chosen"].get("threads")) is not int or data["chosen"]["threads"] < 1):
+            wrong = ["chosen.threads"]
         if wrong or data["steps"] < 1:
             raise InputError(str(path), sorted(wrong) or data["steps"], "a record written by this release")
         return cls(**data)

@@ -63,7 +63,7 @@ def serve(package: str, build: Callable[[Job, Start], Step]) -> None:
         answers.flush()
 
     torch.set_num_threads(job.threads)
-    start: Start = torch.load(job.data)
+    start: Start = torch.load(job.data, weights_only=True)
     batches = start.pop("batches")
     step = build(job, start)
     del start
