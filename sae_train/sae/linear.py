@@ -95,7 +95,7 @@ class LinearSAE(SAE):
         if self.config.input_scale == "sqrt_d":
             # In float64: squares overflow float32 from 1e19.
             mean_norm = torch.linalg.vector_norm(rows - centre, dim=-1, dtype=torch.float64).mean()
-            if mean_norm > 0:
+            if mean_norm > torch.finfo(torch.float32).tiny:
                 self.input_scale.copy_(self.d_in**0.5 / mean_norm)
         self.b_dec.copy_(centre * self.input_scale)
         self.w_dec.copy_(unit_rows(self.d_sae, self.d_in, generator))

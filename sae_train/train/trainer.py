@@ -129,7 +129,7 @@ class Trainer:
             if self.saver.failures == 0 and state.step > 0:
                 self.save(state)
             raise
-        except NumericsError:
+        except Exception:
             self.saver.join()  # an earlier, good state may be on its way to the disk
             raise
 
