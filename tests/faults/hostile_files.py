@@ -96,7 +96,7 @@ def _no_width(header: Header, body: bytes) -> bytes:
 
 def _overflowing(header: Header, body: bytes) -> bytes:
     return join(
-        {n: {"dtype": "F32", "shape": [2**62, 2**62, 0], "data_offsets": [0, 0]} for n in header}, b""
+        {n: {"dtype": "F32", "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]} for n in header}, b""
     )
 
 
@@ -118,6 +118,9 @@ TENSOR_ATTACKS: dict[str, Callable[[Header, bytes], bytes]] = {
     "only NaN": _all_nan,
     "rows without width": _no_width,
     "size that overflows": _overflowing,
+    "dtype without numbers": lambda header, body: join(
+        {n: {"dtype": "F4", "shape": [0], "data_offsets": [0, 0]} for n in header}, b""
+    ),
     "half of it": lambda header, body: join(header, body)[: -len(body) // 2],
     "a byte more": lambda header, body: join(header, body + b"\0"),
     "deep header": lambda header, body: join(b'{"a":' * 10_000 + b"1" + b"}" * 10_000, b""),

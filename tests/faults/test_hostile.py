@@ -49,6 +49,8 @@ from sae_train.cli import compose as compose_module
 from sae_train.cli import eval as eval_module
 from sae_train.cli.main import main
 from sae_train.files import MAX_FILES, CorruptFile, CorruptFolder, read_json, read_tensors, verify
+from sae_train.harvest.corpus import CorpusConfig, Documents
+from sae_train.harvest.model import ModelConfig, load_model
 
 RECIPE = [
     "sae.d_sae=24",
@@ -463,9 +465,20 @@ def test_json_is_read_to_a_depth_that_whatever_walks_it_can_bear(tmp_path: Path,
 # -- H5: models ----------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def loaded_once(tiny_model_dir: Callable[[str], Path], tiny_corpus_dir: Path) -> None:
+    """What transformers and datasets import when they are first used is no memory of an attack."""
+    load_model(ModelConfig(name=str(tiny_model_dir("llama"))))
+    Documents(CorpusConfig(name=str(tiny_corpus_dir)))
+
+
 @pytest.fixture
 def model(
-    tiny_model_dir: Callable[[str], Path], tiny_corpus_dir: Path, tmp_path: Path, monkeypatch: Any
+    loaded_once: None,
+    tiny_model_dir: Callable[[str], Path],
+    tiny_corpus_dir: Path,
+    tmp_path: Path,
+    monkeypatch: Any,
 ) -> Path:
     shutil.copytree(tiny_model_dir("llama"), tmp_path / "here" / "model")
     monkeypatch.chdir(tmp_path / "here")
