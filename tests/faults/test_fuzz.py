@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from faults.fuzz_atheris import READERS, Bench
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from sae_train.checkpoint import Checkpointer
@@ -197,6 +197,7 @@ def same(one: Any, two: Any) -> bool:
 def test_any_state_comes_back_from_a_checkpoint_as_it_was(tmp_path: Path) -> None:
     @searched(40)
     @given(states)
+    @example({"$x": [math.nan, math.inf, -math.inf, -0.0, 2**70], 1: {"1": True, "#1": 1.0, "": None}})
     def attempt(state: dict[Any, Any]) -> None:
         shutil.rmtree(tmp_path / "steps", ignore_errors=True)
         (tmp_path / "steps").mkdir()

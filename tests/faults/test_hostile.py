@@ -558,7 +558,8 @@ MODEL_ATTACKS: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("attack", MODEL_ATTACKS)
 def test_a_hostile_model_is_refused(model: Path, refused: Refused, attack: str) -> None:
     MODEL_ATTACKS[attack](model)
-    refused(FROM_MODEL, "model")
+    # Where the package `kernels` is not installed, transformers refuses too; it is to be refused everywhere.
+    refused(FROM_MODEL, "code from elsewhere" if "another repository" in attack else "model")
     assert not [name for name in sys.modules if "evil" in name]
 
 
