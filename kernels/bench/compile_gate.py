@@ -1,9 +1,11 @@
 """Compile every Triton kernel for GPUs that are not here, and refuse what would be slow or not start there.
 
-    python kernels/bench/compile_gate.py [--archs sm_90 gfx942] [--shapes A B] [--kernel REGEX] [--workers 2]
+    python kernels/bench/compile_gate.py [--archs sm_90 gfx942] [--shapes A B] [--kernel REGEX] [--pairs]
 
-Every module of sae_kernels.triton says in `cases` how its kernels are launched at the shapes that count;
-each such compilation is taken to machine code for NVIDIA's A100 (sm_80) and H100/H200 (sm_90) and AMD's
+Every module of sae_kernels.triton says in `cases` in which ways its kernels are launched at the shapes that
+count: dtypes, formats, options and tile sizes, in every combination (tests/kernels/test_launches.py sees to
+that). This takes some minutes; with --pairs it is enough that every two choices meet in one compilation.
+Each is taken to machine code for NVIDIA's A100 (sm_80) and H100/H200 (sm_90) and AMD's
 MI300 (gfx942) with the assemblers that Triton ships, so that no GPU is needed. What is over budget fails:
 spilled registers, registers, shared memory, matrix or wide load instructions that should be there and are
 not. So does a module with kernels and no `cases`, and a kernel that no case compiles.
@@ -29,6 +31,7 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel is not compiled
 
 import triton
+from covering import covering
 from sae_kernels.triton.launch import SHAPES, Case
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -96,6 +99,8 @@ def compile_case(case: Case, arch: str) -> Built:
         {(names.index(name),): [["tt.divisibility", 16]] for name in aligned if name not in case.odd},
     )
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    if case.register_limit is not None and not arch.startswith("gfx"):
+        options["maxnreg"] = case.register_limit
     compiled = triton.compile(source, target=TARGETS[arch], options=options)
     read = _read_amd if arch.startswith("gfx") else _read_nvidia
     registers, spills, code = read(compiled.asm)
@@ -179,6 +184,18 @@ def find_jobs(modules: list[ModuleType], archs: list[str], shapes: list[str]) ->
     return list(jobs.values()), sorted(wrong)
 
 
+def in_pairs(jobs: list[Job]) -> list[Job]:
+    """Jobs such that any two choices that are made for a kernel and architecture are together in one."""
+    groups: dict[tuple[str, str], list[Job]] = {}
+    for job in jobs:
+        groups.setdefault((job.kernel, job.arch), []).append(job)
+    found = []
+    for group in groups.values():
+        choices = [{**j.case.types, **j.case.constants, "warps": j.case.num_warps} for j in group]
+        found += [group[number] for number in covering(choices)]
+    return found
+
+
 _jobs: list[Job] = []  # inherited by the workers: a kernel cannot be pickled
 
 
@@ -227,6 +244,9 @@ def main() -> int:
     parser.add_argument("--shapes", nargs="+", default=[s.name for s in SHAPES])
     parser.add_argument("--kernel", default="", help="only kernels whose module.name this finds")
     parser.add_argument("--package", default="sae_kernels.triton", help="the package of modules with kernels")
+    parser.add_argument(
+        "--pairs", action="store_true", help="a few compilations in which every two choices meet"
+    )
     parser.add_argument("--workers", type=int, default=max(2, os.cpu_count() or 2))
     a = parser.parse_args()
     start = time.perf_counter()
@@ -234,6 +254,7 @@ def main() -> int:
     jobs = sorted(
         (j for j in jobs if re.search(a.kernel, j.kernel)), key=lambda j: (j.kernel, j.shapes, j.arch)
     )
+    jobs = in_pairs(jobs) if a.pairs else jobs
     results = build_all(jobs, a.workers)
     print(f"Triton {triton.__version__}; registers per thread, spilled registers, shared memory in KiB,")
     print("matrix instructions, loads of 16 bytes per thread, seconds to compile; warps and stages")

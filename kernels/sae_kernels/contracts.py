@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sae_kernels.latents import AdamStep, Counters, DeadGrads, Latents
+from sae_kernels.latents import AdamStep, Counters, DeadGrads, Latents, Weight
 from sae_kernels.slots import num_rows
 
 
@@ -140,10 +140,22 @@ def check_latents(
                 raise ValueError(
                     f"{name}.{field} is {tensor.dtype}: expected {' or '.join(map(str, accepted))}"
                 )
+        if weight.first.dtype != weight.second.dtype:
+            raise ValueError(
+                f"{name}.first is {weight.first.dtype}: expected {weight.second.dtype}, as second"
+            )
         if weight.remainder is not None and weight.low is not None:
             raise ValueError(f"{name} has a remainder and a low copy: its value is the low copy already")
+    if _format(latents.w_enc) != _format(latents.w_dec):
+        formats = f"{_format(latents.w_enc)} and {_format(latents.w_dec)}"
+        raise ValueError(f"w_enc and w_dec keep {formats}: expected one format for both")
     if latents.last_step is not None and adam.beta1 != 0:
         raise ValueError(f"beta1 is {adam.beta1} with last_step set: lazy steps are exact for beta1 = 0 only")
+
+
+def _format(weight: Weight) -> str:
+    kept = (name for name in ("low", "remainder") if getattr(weight, name) is not None)
+    return ", ".join(("value", *kept, f"moments of {weight.first.dtype}"))
 
 
 def check_step(
@@ -178,6 +190,14 @@ def check_step(
             raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}: expected {wanted}")
         if tensor.device != latents.w_dec.value.device:
             raise ValueError(f"{name} is on {tensor.device}: expected {latents.w_dec.value.device}")
+    if dead is not None and dead.latents.device.type == "cpu":  # a GPU would have to be waited for
+        ordered = dead.latents.sort().values
+        if len(ordered) and not 0 <= int(ordered[0]) <= int(ordered[-1]) < f:
+            run = f"run from {int(ordered[0])} to {int(ordered[-1])}"
+            raise ValueError(f"dead.latents {run}: expected 0 to {f - 1}")
+        repeated = ordered[1:][ordered.diff() == 0]
+        if len(repeated):
+            raise ValueError(f"dead.latents has {int(repeated[0])} twice: expected each latent once")
 
 
 def _check_pair(values: Tensor, indices: Tensor, offsets: Tensor | None) -> None:

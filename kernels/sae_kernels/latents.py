@@ -24,7 +24,7 @@ class Weight:
 
     Attributes:
         value: float32, or bfloat16 if `remainder` is set.
-        first, second: Adam's moments, float32 or bfloat16 (stochastic rounding).
+        first, second: Adam's moments, both float32 or both bfloat16 (stochastic rounding).
         low: bfloat16 copy of a float32 `value`, kept up to date; optional.
         remainder: int16 lower half of a split master; optional.
     """
@@ -60,7 +60,7 @@ class Latents:
     """Parameters of a linear SAE, updated in place: x_hat = z w_dec + b_dec.
 
     Attributes:
-        w_enc, w_dec: [F, D]. b_enc: [F]. b_dec: [D].
+        w_enc, w_dec: [F, D], both in one format. b_enc: [F]. b_dec: [D].
         step: 0-dim float32, the number of Adam steps done.
         last_step: [F] int32 or None. If set, rows of latents that are inactive in a step are left
             alone and caught up when they are next active ("lazy" Adam): exact because beta1 must be 0,
@@ -123,7 +123,8 @@ class DeadGrads:
     """Gradients of another loss (AuxK) in some latents' rows, added to those of the reconstruction.
 
     Attributes:
-        latents: [F_dead] int64, distinct.
+        latents: [F_dead] int64, distinct and in range. Checked on a CPU only, as a GPU would have to be
+            waited for; there a latent that is named twice gets one or the other gradient, or some of both.
         w_enc, w_dec: [F_dead, D]. b_enc: [F_dead].
     """
 

@@ -3,6 +3,8 @@
 The tests' root conftest has set TRITON_INTERPRET=1 if there is no CUDA device: Triton then runs kernels in
 Python on CPU tensors. A test that is parametrised over backends is skipped where Triton says that it
 cannot take the tensors: float64 anywhere, and CPU tensors on a machine whose GPU it compiles for.
+
+Every launch that the interpreter runs here must be one that the compile gate compiles for GPUs (`launches`).
 """
 
 import re
@@ -13,6 +15,8 @@ import torch
 from sae_kernels import available_backends, use_backend
 
 HAS_CUDA = torch.cuda.is_available()
+if not HAS_CUDA:
+    from . import launches
 DEVICES = ("cpu", "cuda") if HAS_CUDA else ("cpu",)
 PLACES = [
     (name, device)
@@ -36,6 +40,12 @@ def triton_device() -> Iterator[str]:
     """The device to put tensors on while Triton is in force: its GPU, or the CPU that interprets."""
     with use_backend("triton"):
         yield "cuda" if HAS_CUDA else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def every_launch_is_one_that_the_gate_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not HAS_CUDA:
+        monkeypatch.setattr(launches.InterpretedFunction, "run", launches.checked_run)
 
 
 @pytest.hookimpl(wrapper=True)

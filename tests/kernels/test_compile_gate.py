@@ -1,10 +1,16 @@
-"""Every kernel compiles for GPUs that are not here and fits them; and the gate that says so can fail."""
+"""Every kernel compiles for GPUs that are not here and fits them; and the gate that says so can fail.
 
+By default every two choices of dtypes, formats, options and sizes are compiled together once; with
+`-m slow` all that there are. That these are all that ops can launch is what test_launches.py checks.
+"""
+
+import importlib
 import os
 import pkgutil
 import re
 import subprocess
 import sys
+from itertools import combinations, product
 from pathlib import Path
 
 import pytest
@@ -96,14 +102,29 @@ def run_gate(*args: str, path: Path | None = None) -> subprocess.CompletedProces
     return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
-def test_every_kernel_compiles_for_every_target_within_its_budgets():
-    out = run_gate()
+@pytest.mark.parametrize("pairs", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["pairs", "all"])
+def test_every_kernel_compiles_for_every_target_within_its_budgets(pairs):
+    out = run_gate(*(["--pairs"] if pairs else []))
     assert out.returncode == 0, out.stdout[-5000:] + out.stderr[-2000:]
     names = [m.name for m in pkgutil.iter_modules([str(KERNEL_FOLDER)])]
     with_kernels = {name for name in names if "@triton.jit" in (KERNEL_FOLDER / f"{name}.py").read_text()}
     lines = re.findall(r"^(\w+)\.\w+ +\S+ +(sm_80|sm_90|gfx942) +\d", out.stdout, re.MULTILINE)
     assert {module for module, _ in lines} == with_kernels
     assert {arch for _, arch in lines} == {"sm_80", "sm_90", "gfx942"}
+
+
+def test_every_two_choices_meet_in_one_of_few_combinations(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "kernels" / "bench"))
+    covering = importlib.import_module("covering").covering
+    names = ("rows", "format", "moments", "dead", "lazy")
+    rows = [dict(zip(names, choice, strict=True)) for choice in product("ab", "abc", "ab", "ab", "ab")]
+    rows = [row for row in rows if not (row["format"] == "c" and row["rows"] == "a")]  # some never meet
+    few = [rows[i] for i in covering(rows)]
+    assert len(few) <= 8 < len(rows) == 40  # there are 6 pairs of format and moments to begin with
+    for one, other in combinations(names, 2):
+        assert {(row[one], row[other]) for row in few} == {(row[one], row[other]) for row in rows}
+    assert covering([{"only": 1}, {"only": 2}]) == [0, 1]
+    assert covering([{}]) == [0]
 
 
 @pytest.fixture(scope="module")

@@ -20,15 +20,9 @@ from sae_kernels import (
 )
 from torch import Tensor
 
-EPS = 2.0**-24  # float32 unit roundoff
-BF16_EPS = 2.0**-8  # bfloat16 unit roundoff
+from .dense import BF16_EPS, EPS, assert_close, gradients, make_encoder
+
 SHAPES = [(1, 1, 1, 1), (1, 3, 17, 5), (13, 4, 40, 20), (16, 4, 128, 24), (9, 16, 16, 24)]  # N, k, F, D
-
-
-def make_encoder(n: int, f: int, d: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    draw = torch.Generator().manual_seed(n + f + d)
-    x, w, b = (torch.randn(*shape, generator=draw) for shape in ((n, d), (f, d), (f,)))
-    return x.to(device), w.to(device), b.to(device)
 
 
 def make_integers(n: int, f: int, d: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,22 +66,6 @@ def scatter_rows(values: Tensor, indices: Tensor, offsets: Tensor, f: int) -> Te
     n = len(offsets) - 1
     row = torch.arange(n, device=values.device).repeat_interleave(offsets.diff())
     return values.new_zeros(n * f).scatter(0, row * f + indices.long(), values).view(n, f)
-
-
-def gradients(run: Callable[..., Tensor], *tensors: Tensor) -> list[Tensor]:
-    """The output, then the gradient of its sum with fixed random weights in each tensor; float64, on CPU."""
-    leaves = [t.detach().clone().requires_grad_() for t in tensors]
-    out = run(*leaves)
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    (out * weights.to(out)).sum().backward()
-    return [t.detach().cpu().double() for t in (out, *(leaf.grad for leaf in leaves))]
-
-
-def assert_close(got: list[Tensor], want: list[Tensor], tolerance: float) -> None:
-    for number, (g, w) in enumerate(zip(got, want, strict=True)):
-        if w.numel():
-            error = (g - w).square().mean().sqrt()
-            assert error <= tolerance * w.square().mean().sqrt(), f"output or gradient {number}"
 
 
 def assert_codes(values: Tensor, indices: Tensor, offsets: Tensor, n: int, f: int) -> None:

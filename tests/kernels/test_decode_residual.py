@@ -3,16 +3,13 @@
 The truth is built from one-hot matrices and shares no code with the package.
 """
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from sae_kernels import decode_residual, dispatch
 from torch import Tensor
-from torch.nn import functional
 
-EPS = 2.0**-24  # float32 unit roundoff
-BF16_EPS = 2.0**-8  # bfloat16 unit roundoff
+from .dense import BF16_EPS, EPS, assert_close, gradients, make_codes, one_hot
+
 SHAPES = [(1, 1, 1, 1), (1, 3, 7, 5), (13, 5, 40, 70), (9, 16, 16, 24), (17, 2, 101, 11)]  # N, K, F, D
 
 
@@ -21,36 +18,6 @@ def make_decoder(n: int, f: int, d: int, device: str) -> tuple[Tensor, Tensor, T
     draw = torch.Generator().manual_seed(n + f + d)
     weight, bias, target = (torch.randn(*shape, generator=draw) for shape in ((f, d), (d,), (n, d)))
     return weight.to(device), bias.to(device), (target + 20).to(device)
-
-
-def make_codes(n: int, k: int, f: int, device: str, empty: float = 0.3) -> tuple[Tensor, Tensor]:
-    """Codes whose indices repeat within and across rows; latent 0 is in the first slot of every row."""
-    draw = torch.Generator().manual_seed(n + k + f)
-    values = torch.randn(n, k, generator=draw)
-    values[torch.rand(n, k, generator=draw) < empty] = 0
-    indices = torch.randint(f, (n, k), generator=draw, dtype=torch.int32)
-    indices[:, 0] = 0
-    return values.to(device), indices.to(device)
-
-
-def one_hot(indices: Tensor, f: int) -> Tensor:
-    """[N, K, F] float64"""
-    return functional.one_hot(indices.long(), f).double()
-
-
-def gradients(run: Callable[..., Tensor], *tensors: Tensor) -> list[Tensor]:
-    """The output, then the gradient of its sum with fixed random weights in each tensor; float64, on CPU."""
-    leaves = [t.detach().clone().requires_grad_() for t in tensors]
-    out = run(*leaves)
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    (out * weights.to(out)).sum().backward()
-    return [t.detach().cpu().double() for t in (out, *(leaf.grad for leaf in leaves))]
-
-
-def assert_close(got: list[Tensor], want: list[Tensor], tolerance: float) -> None:
-    for number, (g, w) in enumerate(zip(got, want, strict=True)):
-        error = (g - w).square().mean().sqrt()
-        assert error <= tolerance * w.square().mean().sqrt(), f"output or gradient {number}"
 
 
 @pytest.mark.parametrize(("n", "k", "f", "d"), SHAPES)

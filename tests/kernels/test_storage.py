@@ -204,6 +204,12 @@ def test_bfloat16_moments_are_rounded_stochastically_and_a_split_master_keeps_ev
         ("w_enc", "remainder", lambda t: t.int(), "w_enc.remainder is torch.int32: expected torch.int16"),
         ("w_dec", "first", lambda t: t.half(), "expected torch.float32 or torch.bfloat16"),
         ("w_dec", "first", lambda t: t.T.contiguous().T, "w_dec.first is .*: expected a contiguous"),
+        (
+            "w_enc",
+            "first",
+            lambda t: t.float(),
+            "w_enc.first is torch.float32: expected torch.bfloat16, as second",
+        ),
         ("b_dec", "second", lambda t: t[1:], "b_dec.second is \\(11,\\): expected a contiguous \\[12\\]"),
         ("b_dec", "second", lambda t: t.to("meta"), "b_dec.second is on meta: expected cpu"),
     ],
@@ -224,6 +230,16 @@ def test_two_copies_for_products_and_lazy_steps_with_a_first_moment_are_refused(
     latents.w_enc.low = latents.w_enc.value.clone()
     with pytest.raises(ValueError, match="w_enc has a remainder and a low copy"):
         latent_step(**empty_step("cpu"), latents=latents, adam=AdamStep(1e-2, beta1=0.0), scale=0.5)
+
+
+def test_an_encoder_and_a_decoder_in_two_formats_are_refused():
+    latents = make_latents("cpu")
+    master = latents.w_dec.master()
+    latents.w_dec = Weight(master, latents.w_dec.first, latents.w_dec.second, low=master.bfloat16())
+    with pytest.raises(
+        ValueError, match=r"w_enc and w_dec keep value, remainder, .* and value, low, .*: expected"
+    ):
+        latent_step(**empty_step("cpu"), latents=latents, adam=AdamStep(1e-2), scale=0.5)
 
 
 def test_codes_that_do_not_fit_the_latents_are_refused():
@@ -269,8 +285,11 @@ def wrong_counters(field: str, tensor: torch.Tensor) -> Counters:
     )
 
 
-def dead_grads(latents: int, rows: int) -> DeadGrads:
-    return DeadGrads(torch.arange(latents), torch.ones(rows, 12), torch.ones(rows), torch.ones(rows, 12))
+def dead_grads(latents: int, rows: int, first: int = 0, repeated: int | None = None) -> DeadGrads:
+    """In the rows of latents from `first` on, the last of them replaced by `repeated`."""
+    number = torch.arange(first, first + latents).flip(0)
+    number[-1] = number[-1] if repeated is None else repeated
+    return DeadGrads(number, torch.ones(rows, 12), torch.ones(rows), torch.ones(rows, 12))
 
 
 @pytest.mark.parametrize(
@@ -280,6 +299,9 @@ def dead_grads(latents: int, rows: int) -> DeadGrads:
         ({"clip": float("nan")}, "clip is nan"),
         ({"clip": 1.0, "clip_norm": torch.ones(1)}, "clip_norm is .*: expected \\[\\]"),
         ({"dead": dead_grads(2, 1)}, "dead.w_enc is .*\\(1, 12\\): expected \\[2, 12\\]"),
+        ({"dead": dead_grads(24, 24)}, "dead.latents run from 0 to 23: expected 0 to 22"),
+        ({"dead": dead_grads(3, 3, first=-1)}, "dead.latents run from -1 to 1"),
+        ({"dead": dead_grads(4, 4, repeated=2)}, "dead.latents has 2 twice: expected each latent once"),
         ({"counters": wrong_counters("sums", torch.zeros(23))}, "counters.sums is torch.float32"),
         ({"counters": wrong_counters("maxima", torch.zeros(3))}, "counters.maxima is .*\\(3,\\)"),
         ({"counters": wrong_counters("counts", torch.zeros(99, dtype=torch.int64))}, "counters.counts is"),

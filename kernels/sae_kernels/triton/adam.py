@@ -15,6 +15,7 @@ codes, values, scale * dots, `dead`, and the sums of dz. That is the same but fo
 gradient, or its square, overflows float32 (beyond 1e19): such a step is made, and its norm is infinite.
 """
 
+from itertools import product
 from typing import Any
 
 import torch
@@ -25,21 +26,31 @@ from torch import Tensor
 from sae_kernels.latents import AdamStep, Counters, DeadGrads, Latents, Weight
 from sae_kernels.triton.columns import add_partials, column_sums
 from sae_kernels.triton.formats import (
-    LOW,
+    MOMENT_TYPES,
     PLAIN,
     SPLIT,
-    bits_of,
+    STORED_TYPES,
     format_of,
     load_master,
     load_moment,
+    master_of,
     store_master,
     store_moment,
     tensors_of,
 )
 from sae_kernels.triton.guard import FACTOR, KEEP, RATE, ROOT, STEP, check_rows, decide
-from sae_kernels.triton.launch import Case, Shape
+from sae_kernels.triton.launch import Case, Shape, limited
 from sae_kernels.triton.lists import add_dead, list_slots, scan, sum_latent, sum_pieces
-from sae_kernels.triton.tiles import NUM_STAGES, PIECE, Tile, case, column_tile, row_tile
+from sae_kernels.triton.tiles import (
+    NUM_STAGES,
+    PIECE,
+    ROW_TYPES,
+    Tile,
+    case,
+    column_tile,
+    row_tile,
+    same_dtype,
+)
 
 VECTOR_BLOCK = 1024
 # Salts of the noise: the number of the parameter, as in the reference.
@@ -65,7 +76,7 @@ def latent_step(
     offsets: Tensor | None = None,
 ) -> Tensor:
     with torch.cuda.device_of(x):
-        x, residual = x.contiguous(), residual.contiguous()
+        x, residual = same_dtype(x, residual)
         w_enc, w_dec = latents.w_enc, latents.w_dec
         f, d = w_dec.value.shape
         lists = list_slots(values, indices, len(x), f, offsets, dots, scale)
@@ -73,7 +84,7 @@ def latent_step(
         added = None if dead is None else add_dead(dead, w_dec, lists, d_b_enc, along)
         through_encoder = None
         if centred:  # x is centred on b_dec, which thus receives minus what the encoder's input would
-            through_encoder = column_sums(bits_of(w_enc.value), d_b_enc, w_enc.remainder)
+            through_encoder = column_sums(*master_of(w_enc)[:2], d_b_enc)
         d_b_dec = add_partials(column_sums(residual), scale, through_encoder, lists.broken)
         squares = torch.empty(f, dtype=torch.float32, device=x.device)
         parts = sum_pieces(lists, residual, x)
@@ -89,7 +100,7 @@ def latent_step(
         catch_up = None
         if latents.last_step is not None:
             catch_up = adam.beta2 ** (latents.step - latents.last_step - 1).clamp_min(0)
-        tile = row_tile(d)
+        tile = row_tile(d, x.element_size(), lazy=catch_up is not None)
         stored = (*tensors_of(w_enc), *tensors_of(w_dec), squares)
         _update[(f,)](
             *(*gradients, control, catch_up, *_betas(adam), *stored, d),
@@ -100,10 +111,13 @@ def latent_step(
             COLUMNS=tile.columns,
             num_warps=tile.warps,
             num_stages=NUM_STAGES,
+            **limited(tile.registers),
         )
-        active = (lists.starts, None if added is None else added[0], catch_up, latents.last_step)
-        _update_vector(latents.b_enc, d_b_enc, control, adam, SALT_B_ENC, *active)
-        _update_vector(latents.b_dec, d_b_dec, control, adam, SALT_B_DEC, None, None, None, None)
+        lazy: tuple[Tensor | None, ...] = (None,) * 4
+        _update_vector(latents.b_dec, d_b_dec, control, adam, SALT_B_DEC, *lazy)
+        if catch_up is not None:
+            lazy = lists.starts, None if added is None else added[0], catch_up, latents.last_step
+        _update_vector(latents.b_enc, d_b_enc, control, adam, SALT_B_ENC, *lazy)
         if norm is None:
             norm = torch.where(control[0] != 0, _norm(squares, d_b_enc, d_b_dec), torch.nan)
         return norm
@@ -111,11 +125,11 @@ def latent_step(
 
 def _squares(f: int, d: int, w_dec: Weight, *gradients: Any) -> Tensor:
     """Sums of squares of parts of the latents' gradients."""
-    tile = column_tile(d)
+    tile, (value, remainder, form) = column_tile(d), master_of(w_dec)
     squares = torch.empty(f, triton.cdiv(d, tile.columns), dtype=torch.float32, device=w_dec.value.device)
     _square_gradients[squares.shape](
-        *(*gradients, *tensors_of(w_dec)[:2], squares, d),
-        DEC=format_of(w_dec),
+        *(*gradients, value, remainder, squares, d),
+        DEC=form,
         PIECE=PIECE,
         ROWS=tile.rows,
         COLUMNS=tile.columns,
@@ -333,22 +347,26 @@ def _update_bias(
 
 
 def cases(shape: Shape) -> list[Case]:
-    """The formats that ship: float32 with a bfloat16 copy, and split with bfloat16 moments, also lazy."""
-    tile, found = row_tile(shape.d), []
-    for form, value, moment in ((LOW, "*fp32", "*fp32"), (SPLIT, "*i16", "*i16")):
-        stored = {f"{of}_{part}": moment for of in ("enc", "dec") for part in ("first", "second")}
-        stored |= {f"{of}_value": value for of in ("enc", "dec")}
-        stored |= {f"{of}_extra": "*i16" for of in ("enc", "dec")}
-        formats = {"ENC": form, "DEC": form}
-        found += [
-            case(_square_gradients, column_tile(shape.d), formats, **stored),
-            case(_update, tile, formats, **stored, catch_up=None),
-        ]
-    found.append(case(_update, tile, formats, **stored))
-    bias, flat = {"FORMAT": PLAIN, "BLOCK": VECTOR_BLOCK}, Tile(1, 1, 4)
-    dense = {"starts": None, "lookup": None, "catch_up": None, "last_step": None}
-    return [
-        *found,
-        case(_update_bias, flat, bias | {"SALT": SALT_B_ENC}, extra=None),
-        case(_update_bias, flat, bias | {"SALT": SALT_B_DEC} | dense, extra=None),
-    ]
+    """Every format of weights and moments, with and without dead rows, projection and lazy steps."""
+    column, found = column_tile(shape.d), []
+    not_dead = dict.fromkeys(("lookup", "dead_dec", "dead_enc"))
+    for rows, dead, unit in product(ROW_TYPES, ({}, not_dead), ({}, {"along": None})):
+        given = {"a": rows, "b": rows, **dead, **unit}
+        for form in (PLAIN, SPLIT):
+            value, extra = STORED_TYPES[form]
+            types = given | {"dec_value": value, "dec_extra": extra}
+            found.append(case(_square_gradients, column, {"DEC": form}, **types))
+        for (form, stored), moment, lazy in product(STORED_TYPES.items(), MOMENT_TYPES, (True, False)):
+            types = given if lazy else given | {"catch_up": None}
+            for of in ("enc", "dec"):
+                types = types | {f"{of}_value": stored[0], f"{of}_extra": stored[1]}
+                types |= {f"{of}_first": moment, f"{of}_second": moment}
+            tile = row_tile(shape.d, 2 if rows == "*bf16" else 4, lazy)
+            found.append(case(_update, tile, {"ENC": form, "DEC": form}, **types))
+    idle = {"starts": None, "lookup": None, "catch_up": None, "last_step": None}
+    for (form, (value, extra)), moment in product(STORED_TYPES.items(), MOMENT_TYPES):
+        weight = {"value": value, "extra": extra, "first": moment, "second": moment}
+        for salt, absent in ((SALT_B_ENC, {}), (SALT_B_ENC, {"lookup": None}), (SALT_B_DEC, idle)):
+            constants = {"SALT": salt, "FORMAT": form, "BLOCK": VECTOR_BLOCK}
+            found.append(case(_update_bias, Tile(1, 1, 4), constants, **weight, **absent))
+    return found

@@ -8,14 +8,14 @@ from torch import Tensor
 from sae_kernels.triton.formats import PLAIN, SPLIT, load_master
 from sae_kernels.triton.launch import Case, Shape
 from sae_kernels.triton.lists import flag
-from sae_kernels.triton.tiles import NUM_STAGES, Tile, case, column_tile
+from sae_kernels.triton.tiles import NUM_STAGES, ROW_TYPES, Tile, case, column_tile
 
 MIN_ROWS = 64
 MAX_PARTIALS = 1024
 SUM_TILE = Tile(rows=64, columns=32, warps=4)
 
 
-def column_sums(rows: Tensor, weights: Tensor | None = None, remainder: Tensor | None = None) -> Tensor:
+def column_sums(rows: Tensor, remainder: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
     """Partial sums over rows [N, D], times weights [N] if given: [at most MAX_PARTIALS, D] float32.
 
     With `remainder`, rows are the int16 bits of a split master's upper half."""
@@ -107,10 +107,12 @@ def _sum_rows(rows, n, columns, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 def cases(shape: Shape) -> list[Case]:
     tile = column_tile(shape.d)
+    plain = {"FORMAT": PLAIN}
     return [
-        case(_column_sums, tile, {"FORMAT": PLAIN}, x="*bf16", remainder=None, weights=None),
-        case(_column_sums, tile, {"FORMAT": PLAIN}, x="*fp32", remainder=None),
+        *(case(_column_sums, tile, plain, x=x, remainder=None, weights=None) for x in ROW_TYPES),
+        case(_column_sums, tile, plain, x="*fp32", remainder=None),
         case(_column_sums, tile, {"FORMAT": SPLIT}, x="*i16", remainder="*i16"),
         case(_add_partials, SUM_TILE, {}),
+        case(_add_partials, SUM_TILE, {}, minus=None),
         case(_add_partials, SUM_TILE, {}, minus=None, broken=None),
     ]

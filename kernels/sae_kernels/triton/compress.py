@@ -176,7 +176,7 @@ def batch_topk_encode(
         guess: instead of the sample's; the result does not depend on it but for the rounding of the product.
         room: places in the pool; likewise."""
     n, f = len(x), len(w)
-    bias = b.float().contiguous()
+    x, w, bias = x.contiguous(), w.contiguous(), b.float().contiguous()
     values = torch.empty(n * k, device=x.device)
     indices = torch.empty(n * k, dtype=torch.int32, device=x.device)
     if not n:
@@ -326,11 +326,14 @@ def cases(shape: Shape) -> list[Case]:
             },
             {"KEPT": KEPT},
         ),
-        Case(
-            _collect,
-            chunk | pool | {"guess": "*fp32", "total": "*i64", "room": "i32"},
-            {"BLOCK": block, "EVERYTHING": False},
-            odd=("room",),
+        *(
+            Case(
+                _collect,
+                chunk | pool | {"guess": "*fp32", "total": "*i64", "room": "i32"},
+                {"BLOCK": block, "EVERYTHING": everything},
+                odd=("room",),
+            )
+            for everything in (False, True)
         ),
         Case(
             _place,

@@ -50,7 +50,7 @@ def dead_encode(x: Tensor, w: Tensor, b: Tensor, k: int) -> Tensor:
         how = launch_of(f)
         with torch.cuda.device_of(x):
             _keep_largest[(n,)](
-                *(acts, b.contiguous(), f, k), CHUNK=how.chunk, WHOLE=how.whole, num_warps=how.warps
+                *(acts, b.float().contiguous(), f, k), CHUNK=how.chunk, WHOLE=how.whole, num_warps=how.warps
             )
     return acts
 
@@ -126,8 +126,8 @@ def _keep_largest(acts, bias, f, k, CHUNK: tl.constexpr, WHOLE: tl.constexpr):
 
 
 def cases(shape: Shape) -> list[Case]:
-    """AuxK with a twentieth of the latents dead."""
-    how = launch_of(shape.f // 20)
+    """Any number of dead latents: launches differ by powers of two of them."""
+    launches = {launch_of(2**i) for i in range(shape.f.bit_length())}
     return [
         Case(
             _keep_largest,
@@ -137,4 +137,5 @@ def cases(shape: Shape) -> list[Case]:
             max_registers=128,
             odd=("f", "k"),
         )
+        for how in sorted(launches)
     ]

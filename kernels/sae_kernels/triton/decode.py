@@ -17,6 +17,9 @@ Two runs give the same bits: each sum belongs to one program, in a fixed order. 
 `gather_dot` are laid out so that on NVIDIA weights in bfloat16, and the same numbers in float32, do too.
 """
 
+from collections.abc import Callable
+from functools import partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +28,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sae_kernels.slots import num_rows
-from sae_kernels.triton.launch import INTERPRETING, Case, Shape
+from sae_kernels.triton.launch import INTERPRETING, Case, Shape, limited
+from sae_kernels.triton.tiles import ROW_TYPES
 
 _INTERPRETING = tl.constexpr(INTERPRETING)
 # Two chunks under way while a third is used: 2 programs of 118 to 128 registers a thread on a
@@ -58,12 +62,18 @@ def tile_for(num_slots: int, max_slots: int) -> Tile:
     But at least 64 columns: of bfloat16 these are 128 bytes, a cache line."""
     slots = min(max(16, triton.next_power_of_2(num_slots)), max_slots)
     columns = min(256, max(64, 8 * _ELEMENTS_PER_WARP // slots))
-    return Tile(slots, columns, slots * columns // _ELEMENTS_PER_WARP)
+    # At 256 slots 64 elements a thread: 16 warps would be 1024 threads on AMD, of too few registers each.
+    return Tile(slots, columns, min(8, slots * columns // _ELEMENTS_PER_WARP))
 
 
 def residual_tile(num_slots: int, compressed: bool) -> Tile:
     """Compressed rows differ in length, and those longer than the tile are read twice: room for half more."""
     return tile_for(num_slots + num_slots // 2 if compressed else num_slots, max_slots=256)
+
+
+def residual_registers(tile: Tile) -> int | None:
+    """128, so that two programs share a multiprocessor, unless a thread holds 64 elements."""
+    return 128 if tile.slots * tile.columns <= _ELEMENTS_PER_WARP * tile.warps else None
 
 
 def gather_tile(num_slots: int) -> Tile:
@@ -72,7 +82,7 @@ def gather_tile(num_slots: int) -> Tile:
 
 
 def sparse_decode(values: Tensor, indices: Tensor, weight: Tensor, offsets: Tensor | None = None) -> Tensor:
-    values, indices, weight = values.contiguous(), indices.contiguous(), _rows(weight)
+    values, indices, weight = values.float().contiguous(), indices.contiguous(), _rows(weight)
     offsets = _whole(offsets)
     n, d = num_rows(indices, offsets), weight.shape[1]
     out = torch.empty(n, d, dtype=weight.dtype, device=weight.device)
@@ -96,9 +106,9 @@ def decode_residual(
     target: Tensor,
     offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    values, indices, weight = values.contiguous(), indices.contiguous(), _rows(weight)
+    values, indices, weight = values.float().contiguous(), indices.contiguous(), _rows(weight)
     offsets = _whole(offsets)
-    bias, target = bias.contiguous(), _rows(target)
+    bias, target = bias.float().contiguous(), _rows(target)
     n, d = target.shape
     residual = torch.empty(n, d, dtype=target.dtype, device=target.device)
     loss = torch.empty(n, dtype=torch.float32, device=target.device)
@@ -113,6 +123,7 @@ def decode_residual(
             WHOLE=offsets is None and _slots(indices) <= tile.slots,
             num_warps=tile.warps,
             num_stages=STAGES,
+            **limited(residual_registers(tile)),
         )
     return residual, loss, dots
 
@@ -322,38 +333,43 @@ def _rounded(x, DTYPE: tl.constexpr):
 
 
 def cases(shape: Shape) -> list[Case]:
-    """Weights in bfloat16 (a low copy) and in float32 (none); compressed rows with the former."""
+    """Weights and rows of either width, dense codes and compressed ones, any number of slots."""
     found = []
-    for weight in ("*bf16", "*fp32"):
-        for compressed in (False, True) if weight == "*bf16" else (False,):
-            found += [
-                _case(_sparse_decode, weight, DECODE, compressed, out=weight, values="*fp32"),
-                _case(
-                    _decode_residual,
-                    weight,
-                    residual_tile(shape.k, compressed),
-                    compressed,
-                    **{"residual": "*bf16", "loss": "*fp32", "dots": "*fp32", "values": "*fp32"},
-                    **{"bias": "*fp32", "target": "*bf16", "target_stride": "i32"},
-                ),
-                _case(
-                    _gather_dot,
-                    weight,
-                    gather_tile(shape.k),
-                    compressed,
-                    **{"out": "*fp32", "rows": "*bf16", "rows_stride": "i32"},
-                ),
-            ]
+    for weight, compressed in product(ROW_TYPES, (False, True)):
+        found.append(_case(_sparse_decode, weight, DECODE, compressed, {"out": weight, "values": "*fp32"}))
+        for rows, tile in product(ROW_TYPES, _tiles(gather_tile)):
+            types = {"out": "*fp32", "rows": rows, "rows_stride": "i32"}
+            found.append(_case(_gather_dot, weight, tile, compressed, types))
+        residual_tiles = _tiles(partial(residual_tile, compressed=compressed))
+        for rows, tile in product(ROW_TYPES, residual_tiles):
+            types = dict.fromkeys(("loss", "dots", "values", "bias"), "*fp32")
+            types |= {"residual": rows, "target": rows, "target_stride": "i32"}
+            found.append(_case(_decode_residual, weight, tile, compressed, types, WHOLE=not compressed))
+            if not compressed and tile == residual_tiles[-1]:  # rows of more slots than fit
+                found.append(_case(_decode_residual, weight, tile, compressed, types, WHOLE=False))
     return found
 
 
-def _case(kernel: Any, weight: str, tile: Tile, compressed: bool, **types: str) -> Case:
-    types |= {"indices": "*i32", "weight": weight, "k": "i32", "d": "i32", "weight_stride": "i32"}
-    constants: dict[str, Any] = {"SLOTS": tile.slots, "COLUMNS": tile.columns}
+def _tiles(of: Callable[[int], Tile]) -> list[Tile]:
+    """Every tile there is, that of the most slots last."""
+    return sorted({of(num_slots) for num_slots in range(1, 1025)})
+
+
+def _case(
+    kernel: Any, weight: str, tile: Tile, compressed: bool, types: dict[str, str], **whole: bool
+) -> Case:
+    types = types | {"indices": "*i32", "weight": weight, "k": "i32", "d": "i32", "weight_stride": "i32"}
+    constants: dict[str, Any] = {"SLOTS": tile.slots, "COLUMNS": tile.columns, **whole}
     if compressed:
         types["offsets"] = "*i64"
     else:
         constants["offsets"] = None
-    if kernel is _decode_residual:
-        constants["WHOLE"] = not compressed
-    return Case(kernel, types, constants, num_warps=tile.warps, num_stages=STAGES, vector_loads=True)
+    return Case(
+        kernel,
+        types,
+        constants,
+        num_warps=tile.warps,
+        num_stages=STAGES,
+        vector_loads=True,
+        register_limit=residual_registers(tile) if kernel is _decode_residual else None,
+    )

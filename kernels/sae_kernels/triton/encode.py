@@ -253,8 +253,13 @@ def _append(
 
 
 def cases(shape: Shape) -> list[Case]:
-    types = {"scores": "*fp32", "bias": "*fp32", "thresholds": "*fp32", "keys": "*i64", "counts": "*i32"}
+    """On AMD scores may be the rounded product of bfloat16 operands."""
+    types = {"bias": "*fp32", "thresholds": "*fp32", "keys": "*i64", "counts": "*i32"}
     types |= dict.fromkeys(("rows", "width", "stride", "capacity", "first", "step"), "i32")
     launch = append_launch()
     warps = launch.pop("num_warps")
-    return [Case(_append, types, launch, num_warps=warps, odd=("first", "step"))]
+    case = functools.partial(Case, _append, constants=launch, num_warps=warps, odd=("first", "step"))
+    return [
+        case(types={"scores": "*fp32"} | types),
+        case(types={"scores": "*bf16"} | types, archs=("gfx942",)),
+    ]

@@ -94,6 +94,8 @@ HOPPER = Tile(128, 128, 64, warps=4, stages=3, per_core=2, descriptors=True, ptx
 HOPPER_WIDE = Tile(128, 256, 64, warps=8, stages=3, per_core=1, descriptors=True, ptx=True)
 AMPERE = Tile(128, 128, 64, warps=8, stages=3, per_core=1, descriptors=False, ptx=True)
 CDNA = Tile(128, 128, 32, warps=8, stages=2, per_core=1, descriptors=False, ptx=False)
+# float32: twice the bytes, and no matrix instructions, so that 8 warps hold the sums.
+FULL_WIDTH = AMPERE._replace(depth=32)
 INTERPRETED = Tile(32, 128, 64, warps=4, stages=2, per_core=1, descriptors=False, ptx=False)
 
 
@@ -197,8 +199,8 @@ def tile_for(device: torch.device, dtype: torch.dtype) -> Tile:
         return INTERPRETED
     if torch.version.hip is not None:
         return CDNA
-    if dtype.itemsize > 2:  # twice the bytes, and no matrix instructions, so that 8 warps hold the sums
-        return AMPERE._replace(depth=AMPERE.depth // 2)
+    if dtype.itemsize > 2:
+        return FULL_WIDTH
     return HOPPER if torch.cuda.get_device_capability(device) >= (9, 0) else AMPERE
 
 
@@ -305,22 +307,32 @@ def cases(shape: Shape) -> list[Case]:
     types = {**dict.fromkeys(("b", "guess"), "*fp32"), "counts": "*i32", "keys": "*i64"}
     types |= dict.fromkeys(("n", "f", "d", "capacity"), "i32")
     found = []
-    for arch, tile in (("sm_80", AMPERE), ("sm_90", HOPPER), ("sm_90", HOPPER_WIDE), ("gfx942", CDNA)):
-        operands = {"x": "*bf16", "w": "*bf16"}
+    for arch, tile, dtype in (
+        ("sm_80", AMPERE, "bf16"),
+        ("sm_80", FULL_WIDTH, "fp32"),
+        ("sm_90", HOPPER, "bf16"),
+        ("sm_90", HOPPER_WIDE, "bf16"),
+        ("sm_90", AMPERE, "bf16"),  # what the copy engine does not take
+        ("sm_90", FULL_WIDTH, "fp32"),
+        ("gfx942", CDNA, "bf16"),
+        ("gfx942", CDNA, "fp32"),
+    ):
+        operands = {"x": f"*{dtype}", "w": f"*{dtype}"}
         if tile.descriptors:
             operands = {
-                "x": f"tensordesc<bf16[{tile.rows},{tile.depth}]>",
-                "w": f"tensordesc<bf16[{tile.latents},{tile.depth}]>",
+                "x": f"tensordesc<{dtype}[{tile.rows},{tile.depth}]>",
+                "w": f"tensordesc<{dtype}[{tile.latents},{tile.depth}]>",
             }
-        found.append(
-            Case(
-                _filtered_product,
-                operands | types,
-                _constants(tile, shape.f),
-                num_warps=tile.warps,
-                num_stages=tile.stages,
-                tensor_cores=True,
-                archs=(arch,),
+        for f in (tile.latents, tile.latents + 1):
+            found.append(
+                Case(
+                    _filtered_product,
+                    operands | types,
+                    _constants(tile, f),
+                    num_warps=tile.warps,
+                    num_stages=tile.stages,
+                    tensor_cores=dtype == "bf16",
+                    archs=(arch,),
+                )
             )
-        )
     return found

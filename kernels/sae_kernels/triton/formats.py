@@ -15,6 +15,9 @@ from sae_kernels.triton.tiles import NUM_STAGES, case, column_tile
 
 PLAIN, LOW, SPLIT = 0, 1, 2  # float32; float32 and a bfloat16 copy; upper and lower half
 _LOW, _SPLIT = tl.constexpr(LOW), tl.constexpr(SPLIT)
+# How a kernel is compiled for each of them: types of value and of the other half or copy.
+STORED_TYPES = {PLAIN: ("*fp32", None), LOW: ("*fp32", "*i16"), SPLIT: ("*i16", "*i16")}
+MOMENT_TYPES = ("*fp32", "*i16")
 
 
 def settle(step: Tensor, latents: Latents, adam: AdamStep) -> None:
@@ -45,6 +48,11 @@ def tensors_of(weight: Weight) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Value, the other half or copy if there is one, and the moments."""
     extra = weight.remainder if weight.low is None else bits_of(weight.low)
     return bits_of(weight.value), extra, bits_of(weight.first), bits_of(weight.second)
+
+
+def master_of(weight: Weight) -> tuple[Tensor, Tensor | None, int]:
+    """What a kernel that only reads a parameter is given: value, lower half if there is one, format."""
+    return bits_of(weight.value), weight.remainder, PLAIN if weight.remainder is None else SPLIT
 
 
 def format_of(weight: Weight) -> int:
@@ -122,6 +130,9 @@ def _settle(first, second, missed, decay, step, d, SALT: tl.constexpr, COLUMNS: 
 
 
 def cases(shape: Shape) -> list[Case]:
-    kinds = ("*fp32", "*i16")
-    tile, salt = column_tile(shape.d), {"SALT": 16}
-    return [case(_settle, tile, salt, first=kind, second=kind) for kind in kinds]
+    """Moments of a matrix, and those of b_enc, a matrix of one column."""
+    return [
+        case(_settle, column_tile(d), {"SALT": 16}, first=moment, second=moment)
+        for d in (shape.d, 1)
+        for moment in MOMENT_TYPES
+    ]

@@ -10,7 +10,7 @@ from torch import Tensor
 from sae_kernels.latents import AdamStep, Latents
 from sae_kernels.triton.launch import Case, Shape
 from sae_kernels.triton.lists import Lists, flag
-from sae_kernels.triton.tiles import NUM_STAGES, Tile, case, column_tile
+from sae_kernels.triton.tiles import NUM_STAGES, ROW_TYPES, Tile, case, column_tile
 
 CHECK_ROWS = 64
 # Places in the control vector: 1 if the step is made, factor of the gradient, lr / (1 - beta1^step),
@@ -109,7 +109,8 @@ def _power(base, exponent):
 def cases(shape: Shape) -> list[Case]:
     one = Tile(1, 1, 1)
     return [
-        case(_check, column_tile(shape.d), {"EACH": CHECK_ROWS}),
+        *(case(_check, column_tile(shape.d), {"EACH": CHECK_ROWS}, x=x) for x in ROW_TYPES),
         case(_decide, one, {}),
+        case(_decide, one, {}, norm=None),
         case(_decide, one, {}, norm=None, limited=None),
     ]

@@ -76,6 +76,7 @@ class Case:
         odd: arguments that are not divisible by 16.
         archs: where it runs; all three by default.
         vector_loads: there must be loads of 16 bytes per thread.
+        register_limit: launch option maxnreg, on NVIDIA.
     """
 
     kernel: Any
@@ -88,6 +89,14 @@ class Case:
     odd: tuple[str, ...] = ()
     archs: tuple[str, ...] = field(default=("sm_80", "sm_90", "gfx942"))
     vector_loads: bool = False
+    register_limit: int | None = None
+
+
+def limited(registers: int | None) -> dict[str, int]:
+    """The launch option that allows a thread so many registers, which NVIDIA's compiler alone takes.
+
+    Left to itself, ptxas may aim at a round number (96, 128) and store the two or four that are over."""
+    return {} if registers is None or torch.version.hip is not None else {"maxnreg": registers}
 
 
 def refusal(*tensors: Tensor) -> str | None:

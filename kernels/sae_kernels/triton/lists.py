@@ -21,9 +21,9 @@ from torch import Tensor
 
 from sae_kernels.latents import Counters, DeadGrads, Weight
 from sae_kernels.slots import row_of_slot, slots_by_latent
-from sae_kernels.triton.formats import PLAIN, SPLIT, format_of, load_master, tensors_of
+from sae_kernels.triton.formats import PLAIN, SPLIT, STORED_TYPES, load_master, master_of
 from sae_kernels.triton.launch import Case, Shape
-from sae_kernels.triton.tiles import NUM_STAGES, PIECE, Tile, case, column_tile
+from sae_kernels.triton.tiles import NUM_STAGES, PIECE, ROW_TYPES, Tile, case, column_tile
 
 LIST_BLOCK = 512
 SCAN_BLOCK = 128
@@ -85,9 +85,10 @@ def list_slots(
         broken=torch.zeros(1, dtype=torch.int32, device=device),
     )
     if m:
+        dots = None if dots is None else dots.float().contiguous()
         of_slot = None if offsets is None else row_of_slot(indices, offsets)
         _list_slots[(triton.cdiv(m, LIST_BLOCK),)](
-            *(order, values.contiguous(), None if dots is None else dots.contiguous(), of_slot, starts),
+            *(order, values.float().contiguous(), dots, of_slot, starts),
             *(lists.rows, lists.z, lists.dz, lists.row_used, lists.broken, float(scale), d_sae),
             1 if offsets is not None else indices.shape[1],
             BLOCK=LIST_BLOCK,
@@ -142,12 +143,13 @@ def add_dead(
     """Adds the other loss to d_b_enc and along; latent -> row of `dead` or -1 [F], and rows for the rest."""
     d, tile = w_dec.value.shape[1], column_tile(w_dec.value.shape[1])
     lookup = torch.full((lists.num_latents,), -1, dtype=torch.int32, device=d_b_enc.device)
-    rows_dec, rows_enc = dead.w_dec.contiguous(), dead.w_enc.contiguous()
+    rows_dec, rows_enc, b_enc = (t.float().contiguous() for t in (dead.w_dec, dead.w_enc, dead.b_enc))
     if len(dead.latents):
+        value, remainder, form = master_of(w_dec)
         _add_dead_rows[(len(dead.latents),)](
-            *(dead.latents.contiguous(), rows_dec, rows_enc, dead.b_enc.contiguous(), *tensors_of(w_dec)[:2]),
+            *(dead.latents.contiguous(), rows_dec, rows_enc, b_enc, value, remainder),
             *(lookup, d_b_enc, along, lists.broken, d),
-            DEC=format_of(w_dec),
+            DEC=form,
             COLUMNS=tile.columns,
             num_warps=tile.warps,
             num_stages=NUM_STAGES,
@@ -356,17 +358,36 @@ def _add_dead_rows(
 
 
 def cases(shape: Shape) -> list[Case]:
-    tile = column_tile(shape.d)
-    block = {"BLOCK": LIST_BLOCK}
-    found = [
-        case(_list_slots, Tile(1, 1, 4), block, row_of_slot=None),
-        case(_list_slots, Tile(1, 1, 4), block | {"k": 1}),
-        case(_list_slots, Tile(1, 1, 4), block, row_of_slot=None, dots=None, dz=None),
-        case(_sum_pieces, tile, {}),
-        case(_sum_pieces, tile, {}, b=None, part_b=None, dz=None),
-        case(_scan, Tile(1, 1, 1), {"BLOCK": SCAN_BLOCK}),
+    tile, flat = column_tile(shape.d), Tile(1, 1, 4)
+    block, scan_block = {"BLOCK": LIST_BLOCK}, {"BLOCK": SCAN_BLOCK}
+    found = []
+    for dots in ({}, {"dots": None, "dz": None}):
+        found += [
+            case(_list_slots, flat, block, row_of_slot=None, **dots),
+            case(_list_slots, flat, block | {"k": 1}, **dots),
+        ]
+    alone = dict.fromkeys(("b", "part_b", "dz"))
+    for rows in ROW_TYPES:
+        found += [
+            case(_sum_pieces, tile, {}, a=rows, b=rows),
+            case(_sum_pieces, tile, {}, a=rows, **alone),
+        ]
+    found += [
+        case(_sum_pieces, column_tile(1), {}, a="*fp32", **alone),
+        case(_scan, Tile(1, 1, 1), scan_block, tokens="i32"),
+        case(_scan, Tile(1, 1, 1), scan_block, tokens="i64"),
+        case(
+            _scan,
+            Tile(1, 1, 1),
+            scan_block,
+            counts=None,
+            sums=None,
+            maxima=None,
+            last_fired=None,
+            tokens="i32",
+        ),
     ]
     for form in (PLAIN, SPLIT):
-        value, extra = ("*i16", "*i16") if form == SPLIT else ("*fp32", None)
-        found.append(case(_add_dead_rows, tile, {"DEC": form}, rows_dec="*fp32", value=value, extra=extra))
+        value, extra = STORED_TYPES[form]
+        found.append(case(_add_dead_rows, tile, {"DEC": form}, value=value, extra=extra))
     return found

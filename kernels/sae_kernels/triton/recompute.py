@@ -18,10 +18,10 @@ from torch import Tensor
 
 from sae_kernels.slots import offsets_of
 from sae_kernels.triton.launch import INTERPRETING, Case, Shape
+from sae_kernels.triton.tiles import ROW_TYPES
 
 _INTERPRETING = tl.constexpr(INTERPRETING)
 HISTOGRAM, COUNT, WRITE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-ROWS, LATENTS, DEPTH, WARPS, STAGES = 64, 64, 64, 4, 3
 
 
 def largest_of_batch(
@@ -29,8 +29,10 @@ def largest_of_batch(
 ) -> Tensor:
     """Write the codes of `batch_topk_encode` over values and indices, and return their offsets, if `failed`.
 
-    failed is a 0-dim bool on the device. If it is false, nothing is written and the offsets are zeros."""
+    x, w and bias are contiguous, and failed is a 0-dim bool on the device. If it is false, nothing is written
+    and the offsets are zeros."""
     n, f = len(x), len(w)
+    how = recompute_launch(x.element_size())
     seen = torch.zeros(4, 256, dtype=torch.int64, device=x.device)
     larger, equal = (torch.zeros(n, dtype=torch.int64, device=x.device) for _ in range(2))
     offsets, keep = torch.zeros(n + 1, dtype=torch.int64, device=x.device), equal
@@ -40,17 +42,19 @@ def largest_of_batch(
             before = equal.cumsum(0) - equal
             keep = torch.minimum((left - before).clamp_min(0), equal) * failed
             offsets = offsets_of(larger + keep)
-        _recompute[(triton.cdiv(n, ROWS),)](
+        _recompute[(triton.cdiv(n, how["ROWS"]),)](
             *(x, w, bias, failed, seen, larger, equal, keep, offsets, values, indices),
-            *(n, f, x.shape[1], n * k, known, *x.stride(), *w.stride()),
+            *(n, f, x.shape[1], n * k, known),
             MODE=mode,
-            ROWS=ROWS,
-            LATENTS=LATENTS,
-            DEPTH=DEPTH,
-            num_warps=WARPS,
-            num_stages=STAGES,
+            **how,
         )
     return offsets
+
+
+def recompute_launch(operand_bytes: int) -> dict[str, int]:
+    if operand_bytes > 2:  # no matrix instructions on NVIDIA: operands and sums are all in registers
+        return {"ROWS": 32, "LATENTS": 64, "DEPTH": 32, "num_warps": 8, "num_stages": 2}
+    return {"ROWS": 64, "LATENTS": 64, "DEPTH": 64, "num_warps": 4, "num_stages": 3}
 
 
 @triton.jit
@@ -85,10 +89,6 @@ def _recompute(
     d,
     num_slots,
     known,
-    x_row,
-    x_column,
-    w_row,
-    w_column,
     MODE: tl.constexpr,
     ROWS: tl.constexpr,
     LATENTS: tl.constexpr,
@@ -110,16 +110,16 @@ def _recompute(
     for first in range(0, f, LATENTS):
         latent = first + some_latents
         sums = tl.zeros((ROWS, LATENTS), tl.float32)
-        x_at = x + row.to(tl.int64)[:, None] * x_row + depth[None, :] * x_column
-        w_at = w + latent.to(tl.int64)[None, :] * w_row + depth[:, None] * w_column
+        x_at = x + row.to(tl.int64)[:, None] * d + depth[None, :]
+        w_at = w + latent.to(tl.int64)[None, :] * d + depth[:, None]
         for start in range(0, d, DEPTH):
             a = tl.load(x_at, mask=(row < n)[:, None] & (start + depth < d)[None, :], other=0.0)
             b = tl.load(w_at, mask=(latent < f)[None, :] & (start + depth < d)[:, None], other=0.0)
             if _INTERPRETING:
                 a, b = a.to(tl.float32), b.to(tl.float32)
             sums = tl.dot(a, b, sums, input_precision="ieee")
-            x_at += DEPTH * x_column
-            w_at += DEPTH * w_column
+            x_at += DEPTH
+            w_at += DEPTH
         pre = sums + tl.load(bias + latent, mask=latent < f, other=0.0)[None, :]
         inside = (row < n)[:, None] & (latent < f)[None, :]
         bits = tl.where(pre <= 0, 0.0, pre).to(tl.int32, bitcast=True)
@@ -156,23 +156,26 @@ def _recompute(
 
 def cases(shape: Shape) -> list[Case]:
     types = {
-        **dict.fromkeys(("x", "w"), "*bf16"),
         **dict.fromkeys(("bias", "values"), "*fp32"),
         **dict.fromkeys(("seen", "larger", "equal", "keep", "offsets"), "*i64"),
-        **dict.fromkeys(("n", "f", "d", "num_slots", "known", "x_row", "w_row", "indices"), "i32"),
+        **dict.fromkeys(("n", "f", "d", "num_slots", "known"), "i32"),
         "failed": "*i1",
         "indices": "*i32",
     }
-    constants = {"x_column": 1, "w_column": 1, "ROWS": ROWS, "LATENTS": LATENTS, "DEPTH": DEPTH}
-    return [
-        Case(
-            _recompute,
-            types,
-            constants | {"MODE": mode.value},
-            num_warps=WARPS,
-            num_stages=STAGES,
-            tensor_cores=True,
-            odd=("known",),
-        )
-        for mode in (HISTOGRAM, COUNT, WRITE)
-    ]
+    found = []
+    for operands, operand_bytes in zip(ROW_TYPES, (2, 4), strict=True):
+        how = recompute_launch(operand_bytes)
+        warps, stages = how.pop("num_warps"), how.pop("num_stages")
+        for mode in (HISTOGRAM, COUNT, WRITE):
+            found.append(
+                Case(
+                    _recompute,
+                    types | {"x": operands, "w": operands},
+                    how | {"MODE": mode.value},
+                    num_warps=warps,
+                    num_stages=stages,
+                    tensor_cores=operand_bytes == 2,
+                    odd=("known",),
+                )
+            )
+    return found

@@ -8,6 +8,8 @@ The interpreter takes larger blocks and fewer programs: it runs them one after a
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -15,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sae_kernels.triton.keys import LOWEST, lower_bound, merge_launch, pack, store_largest
-from sae_kernels.triton.launch import INTERPRETING, Case, Shape
+from sae_kernels.triton.launch import INTERPRETING, Case, Shape, limited
+from sae_kernels.triton.tiles import ROW_TYPES
 
 MAX_K = 512  # above it a row's short list is so long that sorting it by counting, k^2, takes over
 
@@ -31,8 +34,11 @@ MERGED_KEYS = 4096  # of all segments of a row: one program of `_recover_merge` 
 def recover(x: Tensor, w: Tensor, b: Tensor, k: int, failed: Tensor, values: Tensor, indices: Tensor) -> None:
     """Write the exact codes of the rows that failed, whose number only the device knows.
 
-    Sums run over D in steps of DEPTH, in float32 (operands of float32 are not rounded): their last bits
-    may differ from those of a library's product, with which the other rows were encoded.
+    Products are exact for bfloat16 and float16 operands, IEEE float32 for float32 ones, and are summed in
+    float32 over D in steps of DEPTH. So these rows may differ from what E1 gives the others: in the last
+    bits, by the order in which a library sums; by TF32's rounding of float32 operands (2^-11), if torch may
+    use it (`allow_tf32`, `set_float32_matmul_precision`); on AMD, where the library's product of narrow
+    operands is rounded to their dtype, by that rounding.
 
     Args:
         x: [N, D], w: [F, D], of one dtype, contiguous. b: [F] float32.
@@ -49,7 +55,8 @@ def recover(x: Tensor, w: Tensor, b: Tensor, k: int, failed: Tensor, values: Ten
     buffers = torch.empty(PROGRAMS * GROUP.value * launch["BUFFER"], dtype=torch.int64, device=x.device)
     _list_failed[(1,)](failed, rows, number, _counter(x.device), n, BLOCK=1024, num_warps=4)
     args = (rows, number, found, pieces, segments(k), f, k)
-    _recover[(PROGRAMS,)](x, w, b, buffers, *args, d, **launch)
+    registers = limited(recover_registers(x.element_size(), launch["num_warps"]))
+    _recover[(PROGRAMS,)](x, w, b, buffers, *args, d, **launch, **registers)
     merged = recover_merge_launch(k)
     _recover_merge[(PROGRAMS,)](buffers, values, indices, *args, **merged)
 
@@ -65,9 +72,17 @@ def recover_launch(k: int) -> dict[str, int | bool]:
     }
 
 
+def recover_registers(operand_bytes: int, warps: int) -> int | None:
+    """What float32 operands need on Triton 3.6.0 and 3.7.1 not to be spilled, found by trying."""
+    if operand_bytes == 2:
+        return None
+    return 255 if warps == 4 else 224
+
+
 def recover_merge_launch(k: int) -> dict[str, int]:
     keys = triton.next_power_of_2(segments(k) * k)
-    return {"KEYS": keys, **merge_launch(), "num_warps": 16}
+    # More warps than that spill: ptxas then aims at 40 to 80 registers.
+    return {"KEYS": keys, **merge_launch(), "num_warps": min(16, max(4, keys // 256))}
 
 
 def segments(k: int) -> int:
@@ -250,21 +265,28 @@ def cases(shape: Shape) -> list[Case]:
     }
     outputs = {"values": "*fp32", "indices": "*i32"}
     listing = {"failed": "*i32", "rows": "*i32", "number": "*i32", "counter": "*i64", "n": "i32"}
-    inputs = {"x": "*bf16", "w": "*bf16", "b": "*fp32", "buffers": "*i64"}
-    first, second = recover_launch(shape.k), recover_merge_launch(shape.k)
-    warps, stages = int(first.pop("num_warps")), int(first.pop("num_stages"))
-    merge_warps = second.pop("num_warps")
-    encoding = functools.partial(
-        Case, _recover, inputs | shared | {"d": "i32"}, first, num_warps=warps, num_stages=stages
-    )
-    return [
-        Case(_list_failed, listing, {"BLOCK": 1024}),
-        encoding(tensor_cores=True, archs=("sm_80", "gfx942")),
-        encoding(archs=("sm_90",)),  # instructions of warp groups take 64 rows, here there are 16
-        Case(
-            _recover_merge,
-            {"buffers": "*i64"} | outputs | shared,
-            second,
-            num_warps=merge_warps,
-        ),
-    ]
+    inputs = {"b": "*fp32", "buffers": "*i64", "d": "i32"} | shared
+    found = [Case(_list_failed, listing, {"BLOCK": 1024})]
+    for launch in _distinct(recover_launch):
+        warps, stages = int(launch.pop("num_warps")), int(launch.pop("num_stages"))
+        for operands in ROW_TYPES:
+            types = inputs | {"x": operands, "w": operands}
+            encoding = functools.partial(Case, _recover, types, launch, warps, stages)
+            if operands == "*bf16":
+                found.append(encoding(tensor_cores=True, archs=("sm_80", "gfx942")))
+                found.append(encoding(archs=("sm_90",)))  # its matrix instructions take 64 rows, not 16
+            else:
+                found.append(encoding(register_limit=recover_registers(4, warps)))
+    for launch in _distinct(recover_merge_launch):
+        warps = int(launch.pop("num_warps"))
+        found.append(Case(_recover_merge, {"buffers": "*i64"} | outputs | shared, launch, num_warps=warps))
+    return found
+
+
+def _distinct(launch: Callable[[int], dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every launch there is, for any number of slots."""
+    found: list[dict[str, Any]] = []
+    for k in range(1, MAX_K + 1):
+        if launch(k) not in found:
+            found.append(launch(k))
+    return found

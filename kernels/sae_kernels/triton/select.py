@@ -135,15 +135,14 @@ def _threshold(sample, bias, out, rows, width, stride, rank, ROWS: tl.constexpr,
     tl.store(out + row, score_of(best << 16), mask=row < rows)
 
 
-def sample_width(f: int, stripes: int) -> int:
-    """Latents in the sample."""
-    return triton.cdiv(f, stripes)
-
-
 def cases(shape: Shape) -> list[Case]:
-    width = sample_width(shape.f, plan(shape.k, shape.f).stripes)
-    types = {"sample": "*fp32", "bias": "*fp32", "out": "*fp32"}
-    types |= {"rows": "i32", "width": "i32", "stride": "i32", "rank": "i32"}
-    launch = threshold_launch(width)
-    warps = launch.pop("num_warps")
-    return [Case(_threshold, types, launch, num_warps=warps, odd=("rank",))]
+    """Any width of a sample; on AMD it may be the rounded product of bfloat16 operands."""
+    types = {"bias": "*fp32", "out": "*fp32", "rows": "i32", "width": "i32", "stride": "i32", "rank": "i32"}
+    found = []
+    for block in sorted({threshold_launch(2**i)["BLOCK"] for i in range((2 * SAMPLE_WIDTH).bit_length())}):
+        launch = threshold_launch(block)
+        warps = launch.pop("num_warps")
+        case = functools.partial(Case, _threshold, constants=launch, num_warps=warps, odd=("rank",))
+        found.append(case(types={"sample": "*fp32"} | types))
+        found.append(case(types={"sample": "*bf16"} | types, archs=("gfx942",)))
+    return found

@@ -8,6 +8,7 @@ hide each other's waiting, which is why loops are not pipelined through shared m
 from typing import Any, NamedTuple
 
 import triton
+from torch import Tensor
 
 from sae_kernels.triton.launch import Case
 
@@ -17,11 +18,12 @@ NUM_STAGES = 1
 
 
 class Tile(NamedTuple):
-    """Rows and columns that a program reads at a time; a warp to every 256 columns."""
+    """Rows and columns that a program reads at a time; a warp to every 256 columns; a limit of registers."""
 
     rows: int
     columns: int
     warps: int
+    registers: int | None = None
 
 
 def column_tile(d: int) -> Tile:
@@ -29,13 +31,25 @@ def column_tile(d: int) -> Tile:
     return Tile(rows=8, columns=min(256, max(16, triton.next_power_of_2(d))), warps=1)
 
 
-def row_tile(d: int) -> Tile:
+def row_tile(d: int, operand_bytes: int, lazy: bool) -> Tile:
     """For programs that walk over the whole row, a block of columns after the other.
 
-    4 rows leave registers for the moments: 8 spill on sm_80. One warp: with 512 columns in two, Triton 3.6
-    spills 16 bytes on sm_90, and lists are short enough (N K / F slots) to be walked once for every block."""
-    return column_tile(d)._replace(rows=4)
+    4 rows leave registers for the moments; 8 spill on sm_80, and so do 4 of float32 or in lazy steps. A warp:
+    with 512 columns in two, Triton 3.6 spills 16 bytes on sm_90, and lists are short enough (N K / F slots)
+    to be walked once for every block."""
+    if operand_bytes == 2 and not lazy:
+        return column_tile(d)._replace(rows=4)
+    return column_tile(d)._replace(rows=2, registers=128)
 
+
+def same_dtype(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Contiguous, and both float32 if they differ: kernels are compiled for rows of one dtype."""
+    if a.dtype != b.dtype:
+        a, b = a.float(), b.float()
+    return a.contiguous(), b.contiguous()
+
+
+ROW_TYPES = ("*bf16", "*fp32")  # of rows and of what is computed of them; float16 is as bfloat16
 
 # Types of the arguments of the kernels of this file and of those that continue from it, as at training.
 _TYPES = {
@@ -63,5 +77,6 @@ def case(kernel: Any, tile: Tile, constants: dict[str, Any], **types: str | None
         {name: value for name, value in constants.items() if name in names},
         num_warps=tile.warps,
         num_stages=NUM_STAGES,
+        register_limit=tile.registers,
         odd=tuple(name for name in ("n", "each", "num_plus", "num_minus") if name in names),
     )

@@ -12,7 +12,7 @@ from sae_kernels.triton.columns import add_partials, column_sums
 from sae_kernels.triton.decode import gather_dot
 from sae_kernels.triton.launch import Case, Shape
 from sae_kernels.triton.lists import Lists, list_slots, scan, sum_latent, sum_pieces
-from sae_kernels.triton.tiles import NUM_STAGES, PIECE, case, column_tile
+from sae_kernels.triton.tiles import NUM_STAGES, PIECE, ROW_TYPES, case, column_tile, same_dtype
 
 
 def segment_rows(
@@ -35,7 +35,7 @@ def sparse_grad(
     offsets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.cuda.device_of(x):
-        x, g = x.contiguous(), g.contiguous()
+        x, g = same_dtype(x, g)
         if dots is None:
             dots = gather_dot(g, indices, w_dec, offsets)
         lists = list_slots(values, indices, len(x), len(w_dec), offsets, dots, scale)
@@ -98,9 +98,10 @@ def _sum_lists_kernel(
 
 
 def cases(shape: Shape) -> list[Case]:
-    """Both sums over bfloat16 rows, and one over float32 rows."""
-    tile = column_tile(shape.d)
+    """Both sums, and one; the latter also over rows of one column, as for the gradient of a bias."""
+    alone = dict.fromkeys(("b", "part_b", "out_b", "dz"))
     return [
-        case(_sum_lists_kernel, tile, {}),
-        case(_sum_lists_kernel, tile, {}, a="*fp32", b=None, part_b=None, out_b=None, dz=None),
+        *(case(_sum_lists_kernel, column_tile(shape.d), {}, a=rows, b=rows) for rows in ROW_TYPES),
+        *(case(_sum_lists_kernel, column_tile(shape.d), {}, a=rows, **alone) for rows in ROW_TYPES),
+        case(_sum_lists_kernel, column_tile(1), {}, a="*fp32", **alone),
     ]
