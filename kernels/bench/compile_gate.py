@@ -185,7 +185,7 @@ def find_jobs(modules: list[ModuleType], archs: list[str], shapes: list[str]) ->
 
 
 def in_pairs(jobs: list[Job]) -> list[Job]:
-    """Jobs such that any two choices that are made for a kernel are together in one; the architecture is one."""
+    """Jobs such that any two choices that a kernel is given are together in one; the architecture is one."""
     kernels: dict[str, list[Job]] = {}
     for job in jobs:
         kernels.setdefault(job.kernel, []).append(job)
