@@ -76,7 +76,9 @@ class Config:
     source: SourceConfig = field(default_factory=SourceConfig)
     hook: Any = MISSING
     """Where activations are read: a name such as resid_post.12, or a list of names (one SAE each).
-    auto is the only hook of a source that has one."""
+    auto is the only hook of a source that has one. Names joined by + are one row (a crosscoder)."""
+    target: Any = None
+    """Where what is reconstructed is read, if that is not the hook (a transcoder); a list for a list."""
     sae: SAEConfig = MISSING
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -85,7 +87,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     saes: Any = None
-    """Several SAEs on one harvest: name -> what differs from the run's own hook, seed, sae and optim."""
+    """Several SAEs on one harvest: name -> what differs from the run's hook, target, seed, sae, optim."""
 
 
 @dataclass
@@ -167,6 +169,9 @@ def members(config: Config, composed: DictConfig) -> list[MemberConfig]:
             raise InputError("hook", config.hook, "a hook name such as resid_post.12, or a list of them")
     if len(set(hooks)) < len(hooks):
         raise InputError("hook", config.hook, "each hook once")
+    targets = config.target if isinstance(config.target, list) else [config.target] * len(hooks)
+    if len(targets) != len(hooks) or not all(t is None or (isinstance(t, str) and t) for t in targets):
+        raise InputError("target", config.target, f"one hook name for each of {hooks}, or null")
     if config.saes is not None and not isinstance(config.saes, dict):
         raise InputError(
             "saes", config.saes, "names with what differs: saes={a: {sae: {activation: {k: 16}}}, b: {}}"
@@ -174,8 +179,8 @@ def members(config: Config, composed: DictConfig) -> list[MemberConfig]:
     if not config.saes:
         names = ["main"] if len(hooks) == 1 else [re.sub(r"[^A-Za-z0-9._-]", "_", hook) for hook in hooks]
         return [
-            MemberConfig(name, hook, config.run.seed, config.sae, config.optim)
-            for name, hook in zip(names, hooks, strict=True)
+            MemberConfig(name, hook, config.run.seed, config.sae, config.optim, target)
+            for name, hook, target in zip(names, hooks, targets, strict=True)
         ]
     out = []
     for name, differs in config.saes.items():
@@ -184,7 +189,8 @@ def members(config: Config, composed: DictConfig) -> list[MemberConfig]:
         if differs is not None and not isinstance(differs, dict):
             raise InputError(f"saes.{name}", differs, "what differs: {sae: {activation: {k: 16}}}, or {}")
         base = OmegaConf.create(
-            {"hook": hooks[0], "seed": config.run.seed, "sae": composed.sae, "optim": composed.optim}
+            {"hook": hooks[0], "target": targets[0], "seed": config.run.seed}
+            | {"sae": composed.sae, "optim": composed.optim}
         )
         OmegaConf.set_struct(base, True)
         try:
@@ -194,13 +200,19 @@ def members(config: Config, composed: DictConfig) -> list[MemberConfig]:
             if isinstance(error.__cause__, InputError):
                 raise error.__cause__ from None
             raise InputError(
-                f"saes.{name}", differs, f"keys of hook, seed, sae, optim ({_first_line(error)})"
+                f"saes.{name}", differs, f"keys of hook, target, seed, sae, optim ({_first_line(error)})"
             ) from None
         assert isinstance(typed, dict)
         check_seed(f"saes.{name}.seed", typed["seed"])
         if not isinstance(typed["hook"], str):
             raise InputError(f"saes.{name}.hook", typed["hook"], "one hook name such as resid_post.12")
-        out.append(MemberConfig(name, typed["hook"], typed["seed"], typed["sae"], typed["optim"]))
+        if not (typed["target"] is None or isinstance(typed["target"], str)):
+            raise InputError(f"saes.{name}.target", typed["target"], "one hook name, or null")
+        out.append(
+            MemberConfig(
+                name, typed["hook"], typed["seed"], typed["sae"], typed["optim"], typed["target"] or None
+            )
+        )
     return out
 
 

@@ -1,6 +1,6 @@
 """Evaluation on held-out rows: documents that training never sees, harvested once and kept."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -9,11 +9,13 @@ from torch import Tensor
 from sae_train import stop
 from sae_train.errors import InputError
 from sae_train.metrics.base import METRICS, EvalBatch, Metric, MetricConfig
+from sae_train.metrics.fvu import FVU
+from sae_train.places import Places
 from sae_train.registry import nearest
 from sae_train.sae.base import SAE
 
-Splice = Callable[[str, Callable[[Tensor], Tensor], Tensor, int], dict[str, float]]
-"""(hook, reconstruct [n, D] -> [n, D], mean row [D], tokens) -> cross-entropies with rows replaced."""
+Splice = Callable[[Places, Callable[[Tensor], Tensor], list[Tensor], int], dict[str, float]]
+"""(hooks, reconstruct [n, d_in] -> [n, d_out], mean row of each output, tokens) -> cross-entropies."""
 
 
 @dataclass
@@ -101,7 +103,7 @@ def build_metrics(names: list[str], d_in: int, d_sae: int) -> list[Metric]:
 @torch.no_grad()
 def evaluate(
     sae: SAE,
-    hook: str,
+    places: Places,
     heldout: HeldOut,
     config: EvalConfig,
     splice: Splice | None = None,
@@ -111,7 +113,7 @@ def evaluate(
 
     Args:
         sae: any architecture, in training or published form.
-        hook: which held-out rows it reads.
+        places: which held-out rows it reads and reconstructs.
         heldout: the rows.
         config: metrics and batch size.
         splice: measures cross-entropy with the SAE in the layer's place; None leaves that out.
@@ -121,22 +123,40 @@ def evaluate(
         Numbers by name, and the metric objects (histograms, held-out counts) behind them.
     """
     device = sae.input_scale.device
-    metrics = build_metrics(config.metrics, sae.d_in, sae.d_sae)
-    rows, ordinary = heldout.rows[hook], heldout.ordinary[hook]
-    for x, plain in zip(rows.split(config.batch_tokens), ordinary.split(config.batch_tokens), strict=True):
+    metrics = build_metrics(config.metrics, sae.d_out, sae.d_sae)
+    # One number over hooks of different norms says little about the smaller ones.
+    several = places.outputs if len(places.outputs) > 1 else ()
+    widths = sae.widths.outputs
+    by_hook = [FVU(MetricConfig("fvu"), width, sae.d_sae) for _, width in zip(several, widths, strict=False)]
+    for batch in _batches(sae, places, heldout, config.batch_tokens):
         stop.check()
-        x = x.to(device).float()
-        codes = sae.encode(x)
-        batch = EvalBatch(x, sae.decode(codes), codes, plain.to(device))
         for metric in metrics:
             metric.update(batch)
+        parts = zip(batch.y.split(widths, dim=-1), batch.y_hat.split(widths, dim=-1), strict=True)
+        for metric, (y, y_hat) in zip(by_hook, parts, strict=False):
+            metric.update(EvalBatch(y, y_hat, batch.codes, batch.ordinary))
     numbers: dict[str, float] = {}
     for metric in metrics:
         numbers |= metric.compute()
+    numbers |= {f"fvu/{hook}": m.compute()["fvu"] for hook, m in zip(several, by_hook, strict=True)}
     if splice is not None and ce_tokens > 0:
 
         def reconstruct(x: Tensor) -> Tensor:
             return sae(x.to(device)).to(x.device, x.dtype)
 
-        numbers |= splice(hook, reconstruct, heldout.mean(hook), ce_tokens)
+        means = [heldout.mean(hook) for hook in places.outputs]
+        numbers |= splice(places, reconstruct, means, ce_tokens)
     return numbers, metrics
+
+
+def _batches(sae: SAE, places: Places, heldout: HeldOut, batch_tokens: int) -> Iterator[EvalBatch]:
+    """Held-out rows with what the SAE makes of them; a token is ordinary if it is so at every hook."""
+    device = sae.input_scale.device
+    ordinary = torch.stack([heldout.ordinary[hook] for hook in places.hooks]).all(dim=0)
+    for start in range(0, len(ordinary), batch_tokens):
+        part = slice(start, start + batch_tokens)
+        x, y = places.batch({hook: heldout.rows[hook][part] for hook in places.hooks})
+        x = x.to(device).float()
+        y = y.to(device).float() if places.targets else x
+        codes = sae.encode(x)
+        yield EvalBatch(y, sae.reconstruct(x, codes), codes, ordinary[part].to(device))

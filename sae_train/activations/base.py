@@ -1,7 +1,8 @@
 """The activation axis of an SAE: pre-activations in, `Codes` out.
 
 An activation never knows which architecture holds it. `encode` is the seam for fused kernels: the
-default forms the pre-activations, top-k overrides it so that they are never held for all latents.
+default forms the pre-activations, top-k overrides it so that they are never held for all latents. All
+see scaled rows, of a mean norm of about sqrt(D), until `fold_` puts them in the units of raw activations.
 """
 
 from abc import ABC, abstractmethod
@@ -30,16 +31,46 @@ class Activation(nn.Module, ABC):
         self.d_sae = d_sae
 
     def encode(self, x: Tensor, w: Tensor, b: Tensor) -> Codes:
-        """x [N, D], w [F, D], b [F] -> codes of relu-like activations of x @ w.T + b."""
+        """Codes as a published SAE gives them: each row by itself.
+
+        Args:
+            x: [N, D]. w: [F, D]. b: [F].
+
+        Returns:
+            Codes of relu-like activations of x @ w.T + b.
+        """
         return self(functional.linear(x, w, b))
+
+    def encode_training(self, x: Tensor, w: Tensor, b: Tensor) -> Codes:
+        """Codes while training, where a batch may be looked at as a whole and what is learned about
+        thresholds is noted. Default: those of `encode`."""
+        return self.encode(x, w, b)
 
     @abstractmethod
     def forward(self, pre: Tensor) -> Codes:
-        """pre [N, F] -> codes."""
+        """pre [N, F] -> codes, as `encode` gives them."""
 
     def penalty(self, codes: Codes, dec_norm: Tensor) -> dict[str, Tensor]:
-        """Sparsity terms of the loss by name; dec_norm [F] are the decoder rows' norms. Default: none."""
+        """Sparsity terms of the loss, by name and weighted. Default: none.
+
+        Args:
+            codes: of `encode_training`.
+            dec_norm: [F] norms of the decoder rows, summed over hooks.
+        """
         return {}
+
+    def also_reconstruct(self, x: Tensor, w: Tensor, b: Tensor) -> dict[str, tuple[float, Codes]]:
+        """Other codes of the same rows that shall reconstruct the target too: name -> (weight, codes)."""
+        return {}
+
+    def begin_step(self, step: int, steps: int) -> None:
+        """Called before step `step` of `steps`: what changes over a run is set here, from these alone."""
+
+    def initialise(self, x: Tensor, w: Tensor, b: Tensor) -> None:
+        """Called once when the weights are set, with encoder inputs x [R, D] of real rows."""
+
+    def fold_(self, scale: Tensor) -> None:
+        """Codes and pre-activations are divided by `scale` (a positive scalar) from now on."""
 
 
 ACTIVATIONS: Registry[Activation] = Registry("sae.activation")

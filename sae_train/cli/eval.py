@@ -21,6 +21,7 @@ from sae_train.devices import pick_device
 from sae_train.errors import InputError
 from sae_train.evaluate import evaluate
 from sae_train.files import read_json, write_json
+from sae_train.places import Places
 from sae_train.sae.io import CONFIG, MAX_CONFIG_BYTES, load_sae, sae_config
 from sae_train.train.record import RunRecord
 from sae_train.train.resume import flatten
@@ -52,20 +53,22 @@ def judge(composed: DictConfig) -> int:
         tokens=request.tokens if request.tokens is not None else config.eval.tokens,
         ce_tokens=request.ce_tokens if request.ce_tokens is not None else config.eval.ce_tokens,
     )
-    hooks = {path: hook_of(path) for path in folders}
+    places = {path: places_of(path) for path in folders}
     torch.set_num_threads(min(record.chosen["threads"], 4 * (os.cpu_count() or 1)))
     device = pick_device(config.model.device)
-    wired = wire(config, list(hooks.values()), device, dict(record.chosen), lambda dims: None)
+    hooks = list(dict.fromkeys(hook for read in places.values() for hook in read.hooks))
+    wired = wire(config, hooks, device, dict(record.chosen), lambda dims: None)
     try:
         heldout = wired.heldout()
         results: dict[str, dict[str, float]] = {}
-        for path, hook in hooks.items():
+        for path, spelt in places.items():
             sae = load_sae(path, device)
-            width = wired.source.dims[wired.key(hook)]
-            if sae.d_in != width:
-                raise InputError("run", str(path), f"an SAE of width {width}, not {sae.d_in}")
+            read = Places(tuple(map(wired.key, spelt.inputs)), tuple(map(wired.key, spelt.targets)))
+            widths = read.widths(wired.source.dims)
+            if sae.widths != widths:
+                raise InputError("run", str(path), f"an SAE of {widths}, not {sae.widths}")
             results[path.name], _ = evaluate(
-                sae, wired.key(hook), heldout, config.eval, wired.splice, config.eval.ce_tokens
+                sae, read, heldout, config.eval, wired.splice, config.eval.ce_tokens
             )
             write_json(path / "eval.json", finite(results[path.name]))
     finally:
@@ -98,11 +101,14 @@ def saved_config(run_dir: Path, tree: dict[str, Any]) -> Config:
     return config
 
 
-def hook_of(folder: Path) -> str:
-    """Which hook a published SAE reads, from its config.json."""
+def places_of(folder: Path) -> Places:
+    """Which hooks a published SAE reads and reconstructs, from its config.json."""
     data = read_json(folder / CONFIG, MAX_CONFIG_BYTES)
     meta = data.get("meta") if isinstance(data, dict) else None
     hook = meta.get("hook") if isinstance(meta, dict) else None
     if not isinstance(hook, str):
         raise InputError("run", str(folder), "a published SAE whose config.json names its hook")
-    return hook
+    target = meta.get("target") if isinstance(meta, dict) else None
+    if not (target is None or isinstance(target, str)):
+        raise InputError("run", str(folder), "a published SAE whose config.json names its target")
+    return Places.parse(hook, target)

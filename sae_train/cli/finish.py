@@ -19,6 +19,7 @@ from sae_train.log import MetricLog, read_metrics
 from sae_train.metrics.base import Metric
 from sae_train.metrics.density import Density
 from sae_train.metrics.l0 import L0
+from sae_train.places import Places
 from sae_train.report import plots
 from sae_train.report.card import write_card
 from sae_train.report.html import MemberReport, ReportData, write_report
@@ -48,7 +49,7 @@ def finish(
         with clock.phase("evaluation"):
             results[member.name], found[member.name] = evaluate(
                 member.trained(),
-                member.hook,
+                member.places,
                 heldout,
                 config.eval,
                 timed(wired.splice, clock),
@@ -128,10 +129,10 @@ def timed(splice: Splice | None, clock: Clock) -> Splice | None:
         return None
 
     def measure(
-        hook: str, reconstruct: Callable[[Tensor], Tensor], mean: Tensor, tokens: int
+        places: Places, reconstruct: Callable[[Tensor], Tensor], means: list[Tensor], tokens: int
     ) -> dict[str, float]:
         with clock.phase("model forward"):
-            return splice(hook, reconstruct, mean, tokens)
+            return splice(places, reconstruct, means, tokens)
 
     return measure
 
@@ -162,17 +163,21 @@ def publish(
     """Write one member's publishable folder and return what the report says about it."""
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     sae = member.trained()
-    meta = wired.description | {"hook": member.hook, "tokens": state.tokens, "seed": member.config.seed}
+    meta = wired.description | {"hook": "+".join(member.places.inputs), "tokens": state.tokens}
+    meta["seed"] = member.config.seed
     save_sae(sae, folder, meta)
     heldout: FeatureStats | None = next((m.stats for m in metrics if isinstance(m, Density)), None)
-    scale = float(sae.input_scale)
+    if member.places.targets:
+        meta["target"] = "+".join(member.places.targets)
+    scale = float(sae.code_scale)
     write_features(folder / "features.safetensors", member.stats, heldout, scale, member.dead_after_tokens)
     write_json(folder / "metrics.json", finite(numbers))
     drawn = draw(folder / "plots", member, metrics, records)
-    name, d_sae = member.config.sae.activation.name, sae.d_sae
-    description = (
-        f"{member.config.sae.name} SAE, {name}, {d_sae:,} latents on {member.hook} (width {sae.d_in})"
-    )
+    config, where = member.config.sae, f"{meta['hook']} (width {sae.d_in})"
+    if member.places.targets:
+        where += f" to {meta['target']} (width {sae.d_out})"
+    kind = "SAE" if config.kind == "autoencoder" else config.kind
+    description = f"{config.name} {kind}, {config.activation.name}, {sae.d_sae:,} latents on {where}"
     write_card(folder / "README.md", description, numbers, meta)
     return MemberReport(name=member.name, description=description, metrics=numbers, plots=drawn)
 

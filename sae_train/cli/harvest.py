@@ -32,7 +32,7 @@ def harvest(composed: DictConfig) -> int:
     config: HarvestConfig = to_config(composed)
     if config.source.name == "shards":
         raise InputError("source", "shards", "stream, tensors or synthetic: these rows are harvested already")
-    hooks = [member.hook for member in members(config, composed)]
+    hooks = list(dict.fromkeys(h for member in members(config, composed) for h in member.places.hooks))
     out = Path(config.out).expanduser()
     with StopSignals() as signals, owned("out", out) as ownership:
         return _harvest(config, hooks, out, signals, ownership)

@@ -91,12 +91,11 @@ def _run(
     torch.set_num_threads(chosen["threads"])
     clock = Clock()
     with clock.phase("loading"):
-        wired = wire(
-            config, [m.hook for m in wanted], device, chosen, lambda dims: check_widths(wanted, dims)
-        )
+        wired = wire(config, hooks_of(wanted), device, chosen, lambda dims: check_widths(wanted, dims))
     try:
         for member in wanted:
-            member.hook = wired.key(member.hook)
+            member.hook = "+".join(map(wired.key, member.places.inputs))
+            member.target = "+".join(map(wired.key, member.places.targets)) or None
         fingerprint = dict(wired.source.fingerprint)
         for known in filter(None, (record and record.fingerprint, loaded and loaded[2]["fingerprint"])):
             check_fingerprint(known, fingerprint)
@@ -148,7 +147,7 @@ def _train(
     built = [
         Member(
             m,
-            wired.source.dims[m.hook],
+            m.places.widths(wired.source.dims),
             steps,
             config.train.tokens,
             config.train.ema,
@@ -196,7 +195,7 @@ def _train(
             progress=progress,
             saver=saver,
             evaluate=lambda member: evaluate(
-                member.trained(), member.hook, heldout, config.eval, splice, config.eval.interval_ce_tokens
+                member.trained(), member.places, heldout, config.eval, splice, config.eval.interval_ce_tokens
             )[0],
             batch_tokens=config.train.batch_tokens,
             log_every=config.logger.every,
@@ -247,6 +246,12 @@ def check(config: Config) -> None:
 def check_widths(wanted: list[MemberConfig], dims: Mapping[str, int]) -> None:
     """Build every member without memory: what does not fit its hook's width says so before weights load."""
     for member in wanted:
-        width = dims[member.hook] if member.hook in dims else next(iter(dims.values()))
+        only = next(iter(dims.values()))  # what `auto` means
+        widths = member.places.widths({hook: dims.get(hook, only) for hook in member.places.hooks})
         with torch.device("meta"):
-            SAES.build(member.sae, width)
+            SAES.build(member.sae, widths)
+
+
+def hooks_of(wanted: list[MemberConfig]) -> list[str]:
+    """Every hook that a member reads or reconstructs, as the user spelt it, once."""
+    return list(dict.fromkeys(hook for member in wanted for hook in member.places.hooks))

@@ -27,6 +27,7 @@ from sae_train.harvest.model import ModelConfig, check_context, load_config, loa
 from sae_train.harvest.splice import splice_report
 from sae_train.harvest.stream import StreamRows
 from sae_train.harvest.windows import Windows, WindowStream, check_vocabulary, special_ids
+from sae_train.places import Places
 from sae_train.registry import nearest
 from sae_train.shards.disk import DiskShards
 from sae_train.shards.ring import Prefetch
@@ -199,14 +200,15 @@ def _stream(
         )
 
     def splice(
-        hook: str, reconstruct: Callable[[Tensor], Tensor], mean: Tensor, tokens: int
+        places: Places, reconstruct: Callable[[Tensor], Tensor], means: list[Tensor], tokens: int
     ) -> dict[str, float]:
-        site = next(site for site in lm.sites if site.key == hook)
+        sites = {site.key: site for site in lm.sites}
+        inputs, outputs = ([sites[key] for key in keys] for keys in (places.inputs, places.outputs))
         count = ceil(tokens / length)
         w, mask = judged[0], masks[0]
         some = Windows(w.tokens[:count], w.valid[:count], w.starts[:count], w.index[:count])
         with ahead.idle():
-            return splice_report(lm.model, some, mask[:count], site, reconstruct, mean)
+            return splice_report(lm.model, some, mask[:count], inputs, outputs, reconstruct, means)
 
     def heldout_shards() -> ShardStream:
         keep_sinks = replace(config.filter, sinks=False)

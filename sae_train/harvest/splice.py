@@ -10,12 +10,16 @@ Scores:
     recovered_zero = (ce_zero - ce_sae) / (ce_zero - ce_clean)      the usual, flattering one
     recovered_mean = (ce_mean - ce_sae) / (ce_mean - ce_clean)      against replacing by the mean row
 
+An SAE reads the activations of the unchanged model, wherever it reads them; what it reconstructs is then put
+into a second forward, at every hook that it reconstructs at once. For an autoencoder of one hook this is what
+replacing its rows on the way would give, to the bit.
+
 Zero is far from anything the model has seen, so the first looks good for any SAE: always read the raw
 cross-entropies. KL is KL(clean || replaced) per counted prediction. All in nats.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -101,17 +105,23 @@ def cross_entropy(
 
 
 def splice_report(
-    model: nn.Module, windows: Windows, mask: Tensor, site: Site, reconstruct: Replace, mean: Tensor
+    model: nn.Module,
+    windows: Windows,
+    mask: Tensor,
+    inputs: Sequence[Site],
+    outputs: Sequence[Site],
+    reconstruct: Replace,
+    means: Sequence[Tensor],
 ) -> dict[str, float]:
-    """What replacing a site's rows by their reconstruction costs, next to zero- and mean-ablation.
+    """What replacing rows by their reconstruction costs, next to zero- and mean-ablation.
 
     Args:
         model: a causal LM.
         windows: [B, T] held-out tokens.
         mask: [B, T] bool, the ordinary positions.
-        site: where the SAE belongs.
-        reconstruct: rows [n, D] -> [n, D], the SAE.
-        mean: [D] mean of ordinary rows, for mean-ablation.
+        inputs, outputs: what the SAE reads and what it reconstructs.
+        reconstruct: rows of all inputs side by side [n, d_in] -> rows of all outputs [n, d_out], the SAE.
+        means: [D] mean of ordinary rows of each output, for mean-ablation.
 
     Returns:
         ce_clean, ce_sae, ce_zero, ce_mean, kl_sae (nats per prediction), recovered_zero, recovered_mean (1 =
@@ -122,19 +132,20 @@ def splice_report(
         InputError: the model is not a causal LM, or no prediction can be counted.
     """
     _check_causal(model)
-    ways: dict[str, Replace] = {
-        "sae": reconstruct,
-        "zero": torch.zeros_like,
-        "mean": lambda rows: mean.to(rows).expand_as(rows),
-    }
-    parts: dict[str, list[SpliceResult]] = {name: [] for name in ("clean", *ways)}
+    zero: dict[Site, Replace] = dict.fromkeys(outputs, torch.zeros_like)
+    to_mean = {site: _constant(mean) for site, mean in zip(outputs, means, strict=True)}
+    parts: dict[str, list[SpliceResult]] = {name: [] for name in ("clean", "sae", "zero", "mean")}
     for part in _chunks(windows):
         stop.check()
         tokens, valid, chosen = windows.tokens[part], windows.valid[part], mask[part]
-        clean = logits(model, tokens, valid, chosen)
+        read: dict[Site, Tensor] = {}
+        clean = logits(model, tokens, valid, chosen, {site: _keep(read, site) for site in inputs})
         parts["clean"].append(score(clean, tokens, valid, chosen))
-        for name, way in ways.items():
-            changed = logits(model, tokens, valid, chosen, {site: way})
+        made = reconstruct(torch.cat([read[site] for site in inputs], dim=-1))
+        rows = made.split([len(mean) for mean in means], dim=-1)
+        sae = {site: _constant(part) for site, part in zip(outputs, rows, strict=True)}
+        for name, ways in (("sae", sae), ("zero", zero), ("mean", to_mean)):
+            changed = logits(model, tokens, valid, chosen, ways)
             parts[name].append(score(changed, tokens, valid, chosen, clean if name == "sae" else None))
     sums = {name: _together(results) for name, results in parts.items()}
     if not sums["clean"].num_tokens:
@@ -146,6 +157,21 @@ def splice_report(
         report[f"recovered_{name}"] = (report[f"ce_{name}"] - report["ce_sae"]) / lost if lost else math.nan
     report["tokens"] = float(sums["clean"].num_tokens)
     return report
+
+
+def _keep(read: dict[Site, Tensor], site: Site) -> Replace:
+    """Leaves the rows as they are and remembers them."""
+
+    def keep(rows: Tensor) -> Tensor:
+        read[site] = rows
+        return rows
+
+    return keep
+
+
+def _constant(new: Tensor) -> Replace:
+    """Puts these rows, or this one row, in the place of any."""
+    return lambda rows: new.to(rows).expand_as(rows)
 
 
 def logits(

@@ -3,15 +3,15 @@
 Weights are latent-major: `w_enc` and `w_dec` are both [F, D], one latent per contiguous row, so
 sparse gathers and per-latent updates read rows and sharding latents is sharding dimension 0.
 
-While it trains, an SAE works in scaled units: rows are multiplied by `input_scale` so that their
-mean distance from `b_dec` is sqrt(D), which makes one learning rate serve every model and layer.
-`fold()` moves the scale into the biases; a published SAE takes raw activations and has scale 1.
+While it trains, an SAE works in scaled units: the rows of each hook are multiplied by a number, so that
+their mean distance from their centre is sqrt(D), which makes one learning rate serve every model and layer.
+`folded()` moves the scales into the weights; a published SAE takes raw activations and has scales of 1.
 """
 
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -24,10 +24,17 @@ from sae_train.batch import Batch
 from sae_train.codes import Codes
 from sae_train.errors import InputError
 from sae_train.losses import Losses
+from sae_train.places import Widths
 from sae_train.registry import Registry
 
 MAX_LATENTS = 2**24
 """Sixteen times the widest SAE published so far; more is a slip of the keyboard or an attack on memory."""
+
+KINDS = {
+    "autoencoder": "reconstructs the one hook it reads: hook=NAME",
+    "transcoder": "reads one place and reconstructs another: hook=NAME target=NAME",
+    "crosscoder": "reads several hooks and reconstructs all of them: hook=NAME+NAME",
+}
 
 
 @dataclass
@@ -35,6 +42,8 @@ class SAEConfig:
     """What every architecture needs; `name` picks the class from the registry."""
 
     name: str = "???"
+    kind: str = "autoencoder"
+    """autoencoder reconstructs its one hook, transcoder another (`target`), crosscoder several (hook=A+B)."""
     d_sae: int | None = None
     """Number of latents F. Unset: expansion times the width of the activations."""
     expansion: float = 8.0
@@ -43,7 +52,8 @@ class SAEConfig:
     b_dec_init: str = "geometric_median"
     """Where the decoder bias starts: geometric_median or mean of the first rows, or zeros."""
     input_scale: str = "sqrt_d"
-    """sqrt_d scales rows so that their mean distance from b_dec is sqrt(D); none leaves them as they are."""
+    """sqrt_d scales the rows of each hook so that their mean distance from their centre is sqrt(D); none
+    leaves them as they are."""
     auxk_coefficient: float = 1 / 32
     """Weight of the dead-latent loss, 0 is off; 1/32 is Gao et al.'s for a variance-normalised loss."""
     k_aux: int | None = None
@@ -52,6 +62,8 @@ class SAEConfig:
     """A latent is dead after this many tokens without firing (never more than a tenth of the run)."""
 
     def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise InputError("sae.kind", self.kind, ", ".join(KINDS))
         if self.d_sae is not None and not 1 <= self.d_sae <= MAX_LATENTS:
             raise InputError("sae.d_sae", self.d_sae, f"a whole number from 1 to {MAX_LATENTS}, or null")
         if not (self.expansion > 0 and math.isfinite(self.expansion)):
@@ -74,19 +86,32 @@ class SAEConfig:
             raise InputError("sae.expansion", self.expansion, f"1 to {MAX_LATENTS} latents at width {d_in}")
         return latents
 
+    def check_hooks(self, widths: Widths) -> None:
+        """Raises InputError unless an SAE of this kind has such hooks."""
+        several = len(widths.inputs) > 1
+        fits = {
+            "autoencoder": not several and not widths.targets,
+            "transcoder": bool(widths.targets),
+            "crosscoder": several and not widths.targets,
+        }
+        if not fits[self.kind]:
+            other = next((kind for kind, fit in fits.items() if fit), self.kind)
+            raise InputError("sae.kind", self.kind, f"{other} with these hooks; it {KINDS[self.kind]}")
+
 
 @dataclass(frozen=True)
 class LinearLatents:
     """An SAE whose whole training step has a closed form, described for whoever computes it.
 
-        z = the k largest of relu(x w_enc^T + b_enc) in each row      s y_hat = z w_dec + b_dec
+        z = the k largest of relu(x w_enc^T + b_enc) in each row      t y_hat = z w_dec + b_dec
 
-    with x the scaled rows, less b_dec if `centred`. Its loss is that of `losses`: the mean over rows and
-    width of (s y - s y_hat)^2 plus, while latents are dead, `dead_loss`. These are all its parameters.
+    with x the rows times `scale_in`, less b_dec if `centred`. Its loss is that of `losses`: the mean over
+    rows and width of (t y - t y_hat)^2 plus, while latents are dead, `dead_loss`. It has no other parameters.
 
     Attributes:
-        w_enc, w_dec: [F, D]. b_enc: [F]. b_dec: [D].
+        w_enc: [F, d_in]. b_enc: [F]. w_dec: [F, d_out]. b_dec: [d_out].
         k: slots per row.
+        scale_in, scale_out: s and t, what rows and targets are multiplied by; scalars or [d_in], [d_out].
         centred: the encoder reads s x - b_dec.
         unit_norm: rows of w_dec are unit vectors; before_step and after_step do what that takes, no more.
         dead_loss: (residual [N, D], x [N, D], then the dead latents' rows of w_enc, b_enc and w_dec) ->
@@ -98,6 +123,8 @@ class LinearLatents:
     w_dec: nn.Parameter
     b_dec: nn.Parameter
     k: int
+    scale_in: Tensor
+    scale_out: Tensor
     centred: bool
     unit_norm: bool
     dead_loss: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None
@@ -108,31 +135,43 @@ class SAE(nn.Module, ABC):
 
     Attributes:
         config: the architecture's configuration, activation included.
-        d_in, d_sae: widths D and F.
-        input_scale: scalar buffer; 1 in a published SAE.
+        widths: of every hook it reads and reconstructs.
+        d_in, d_out, d_sae: widths of a row, of a target, and the number of latents F.
+        input_scale: buffer, scalar or one number per hook that is read; 1 in a published SAE.
     """
 
     input_scale: Tensor
 
-    def __init__(self, config: SAEConfig, d_in: int) -> None:
+    def __init__(self, config: SAEConfig, widths: Widths | int) -> None:
         super().__init__()
         self.config = config
-        self.d_in = d_in
-        self.d_sae = config.num_latents(d_in)
+        self.widths = Widths((widths,)) if isinstance(widths, int) else widths
+        config.check_hooks(self.widths)
+        self.d_in, self.d_out = sum(self.widths.inputs), sum(self.widths.outputs)
+        self.d_sae = config.num_latents(self.widths.inputs[0])
         self.activation = ACTIVATIONS.build(config.activation, self.d_sae)
-        self.register_buffer("input_scale", torch.ones(()))
+        self.register_buffer("input_scale", one_per_hook(self.widths.inputs))
+
+    @property
+    @abstractmethod
+    def code_scale(self) -> Tensor:
+        """Scalar by which `folded()` divides codes."""
 
     @abstractmethod
     def encode(self, x: Tensor) -> Codes:
-        """x [N, D] raw activations -> codes of N rows."""
+        """x [N, d_in] raw activations -> codes of N rows."""
 
     @abstractmethod
     def decode(self, codes: Codes) -> Tensor:
-        """Codes of N rows -> [N, D] reconstruction in the units of the raw activations."""
+        """Codes of N rows -> [N, d_out] reconstruction in the units of the raw activations."""
+
+    def reconstruct(self, x: Tensor, codes: Codes) -> Tensor:
+        """[N, d_out] from rows and their codes: what `decode` gives, and a skip connection adds."""
+        return self.decode(codes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """decode(encode(x))"""
-        return self.decode(self.encode(x))
+        """reconstruct(x, encode(x))"""
+        return self.reconstruct(x, self.encode(x))
 
     @abstractmethod
     def preactivations(self, x: Tensor, features: Tensor | slice = slice(None)) -> Tensor:
@@ -143,8 +182,17 @@ class SAE(nn.Module, ABC):
         """The loss of a batch. dead [F_dead] int64 are the latents that count as dead now."""
 
     @abstractmethod
-    def initialise(self, rows: Tensor, generator: torch.Generator) -> None:
-        """Set the weights from rows [R, D] of real activations and a seeded CPU generator."""
+    def initialise(self, rows: Tensor, generator: torch.Generator, targets: Tensor | None = None) -> None:
+        """Set the weights from real activations.
+
+        Args:
+            rows: [R, d_in]. generator: seeded, on the CPU.
+            targets: [R, d_out] of the same tokens; None for what reconstructs its rows.
+        """
+
+    def begin_step(self, step: int, steps: int) -> None:
+        """Called before step `step` of `steps`. What changes over a run is a function of the two alone."""
+        self.activation.begin_step(step, steps)
 
     def latents(self) -> LinearLatents | None:
         """This SAE in the form that a fused step computes, or None if it has no such form."""
@@ -162,13 +210,26 @@ class SAE(nn.Module, ABC):
 
     @abstractmethod
     def fold_(self) -> None:
-        """Move input_scale into the weights, in place; codes are divided by it, reconstructions unchanged."""
+        """Move the scales into the weights, in place: codes are divided by `code_scale`, which keeps the same
+        latents, and reconstructions stay."""
 
     def folded(self) -> Self:
         """A copy that takes raw activations: same support, same reconstruction, codes in raw units."""
         twin = copy.deepcopy(self)
         twin.fold_()
         return twin
+
+
+def one_per_hook(widths: Sequence[int]) -> Tensor:
+    """Ones to scale rows with: a scalar for one hook, else one number for each."""
+    return torch.ones(() if len(widths) == 1 else len(widths))
+
+
+def per_column(scale: Tensor, widths: Sequence[int]) -> Tensor:
+    """A number per hook -> what rows of all hooks side by side are multiplied by."""
+    if len(widths) == 1:
+        return scale
+    return torch.cat([one.expand(width) for one, width in zip(scale, widths, strict=True)])
 
 
 SAES: Registry[SAE] = Registry("sae")

@@ -36,3 +36,16 @@ def geometric_median(rows: Tensor, max_steps: int = 100, tolerance: float = 1e-5
         if step <= tolerance * mean_distance:
             break
     return centre
+
+
+def mean_targets(x: Tensor, y: Tensor, w_enc: Tensor, block: int = 1024) -> Tensor:
+    """[F, d_out]: the sum of targets where a latent is active, each weighted by how much it is.
+
+    Args:
+        x: [R, d_in] encoder inputs. y: [R, d_out] centred targets. w_enc: [F, d_in]; no bias.
+        block: rows at a time; bounds the [block, F] temporary.
+    """
+    total = torch.zeros(len(w_enc), y.shape[-1], device=y.device)
+    for rows, targets in zip(x.split(block), y.split(block), strict=True):
+        total += torch.relu(rows @ w_enc.T).T @ targets
+    return total

@@ -23,14 +23,16 @@ from torch import Tensor
 from sae_train.activations.base import ACTIVATIONS
 from sae_train.errors import InputError
 from sae_train.files import MAX_HEADER_BYTES, CorruptFile, check_header, read_json, write_json, write_tensors
+from sae_train.places import Widths
 from sae_train.redact import redact
 from sae_train.registry import Registry, discover
 from sae_train.sae.base import SAE, SAES, SAEConfig
 
 FORMAT_VERSION = 1
-KEYS = ("format_version", "kind", "d_in", "sae", "meta")
+KEYS = ("format_version", "kind", "d_in", "widths", "sae", "meta")
 MAX_CONFIG_BYTES = 1 << 20
 MAX_WIDTH = 1 << 24
+MAX_HOOKS = 1024
 DTYPES = ("F32", "F16", "BF16", "F64")
 WEIGHTS, CONFIG = "sae.safetensors", "config.json"
 TYPE_WORDS = {
@@ -53,7 +55,8 @@ def save_sae(sae: SAE, folder: Path, meta: dict[str, Any]) -> None:
     published = sae.folded()
     config = dataclasses.asdict(sae.config) | {"d_sae": sae.d_sae}
     write_tensors(folder / WEIGHTS, {name: t.detach().cpu() for name, t in published.state_dict().items()})
-    about = {"format_version": FORMAT_VERSION, "kind": "sae", "d_in": sae.d_in, "sae": config}
+    about = {"format_version": FORMAT_VERSION, "kind": "sae", "d_in": sae.d_in}
+    about |= {"widths": dataclasses.asdict(sae.widths), "sae": config}
     write_json(folder / CONFIG, about | {"meta": redact(meta)})
 
 
@@ -84,9 +87,10 @@ def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SAE:
         _require_regular(folder, name)
     sae = _skeleton(folder / CONFIG)
     tensors = _read_weights(folder / WEIGHTS, sae.state_dict())
-    if tensors["input_scale"] != 1:
-        scale = float(tensors["input_scale"])
-        raise InputError("input_scale", scale, "1: a published SAE takes raw activations")
+    for name in ("input_scale", "output_scale"):
+        if name in tensors and bool((tensors[name] != 1).any()):
+            scale = float(tensors[name][tensors[name] != 1].flatten()[0])
+            raise InputError(name, scale, "1: a published SAE takes raw activations")
     sae.load_state_dict(tensors, assign=True)
     left = [name for name, t in (*sae.named_parameters(), *sae.named_buffers()) if t.is_meta]
     assert not left, f"{left} are not in the state dict, so they cannot be published"
@@ -132,9 +136,26 @@ def _skeleton(path: Path) -> SAE:
     _object("meta", data.get("meta", {}))
     config = sae_config(data.get("sae"))
     _whole(config.d_sae, "sae.d_sae")
-    d_in = _whole(data.get("d_in"), "d_in")
+    widths = _widths(data)
     with torch.device("meta"):
-        return SAES.build(config, d_in)
+        return SAES.build(config, widths)
+
+
+def _widths(data: dict[str, Any]) -> Widths:
+    """Of every hook; a file without them has one, of width d_in."""
+    d_in = _whole(data.get("d_in"), "d_in")
+    table = _object("widths", data.get("widths", {"inputs": [d_in], "targets": []}))
+    _refuse_unknown("widths", table, ("inputs", "targets"))
+    found = {}
+    for key in ("inputs", "targets"):
+        value = table.get(key)
+        least = 1 if key == "inputs" else 0
+        if not isinstance(value, list) or not least <= len(value) <= MAX_HOOKS:
+            raise InputError(f"widths.{key}", _shown(value), f"a list of {least} to {MAX_HOOKS} widths")
+        found[key] = tuple(_whole(width, f"widths.{key}") for width in value)
+    if sum(found["inputs"]) != d_in:
+        raise InputError("widths.inputs", _shown(str(found["inputs"])), f"widths that add up to d_in={d_in}")
+    return Widths(**found)
 
 
 def _typed(where: str, data: Any, registry: Registry[Any]) -> Any:

@@ -1,11 +1,18 @@
-"""The linear SAE: one affine map in, one affine map out.
+"""The linear SAE: one affine map in, one affine map out; alone, between two places, or across several hooks.
 
-    h = (s x - b_dec) W_enc^T + b_enc        z = activation(h)        s x_hat = z W_dec + b_dec
+    autoencoder   h = (s x - b_dec) W_enc^T + b_enc       z = activation(h)       s x_hat = z W_dec + b_dec
+    transcoder    h = (s x - c) W_enc^T + b_enc           z = activation(h)       t y_hat = z W_dec + b_dec
+    crosscoder    the autoencoder on the rows of several hooks side by side, each hook with its own s
 
-Decoder rows have unit norm: after each step they are renormalised, and before it the part of their
-gradient that only stretches them is removed, so that Adam's moments see the direction alone
-(Bricken et al. 2023, "Towards Monosemanticity", appendix). The encoder starts as the decoder's
-transpose (Gao et al. 2024, arXiv:2406.04093), which leaves few latents dead.
+Decoder rows have unit norm (a crosscoder's over all hooks together): after each step they are renormalised,
+and before it the part of their gradient that only stretches them is removed, so that Adam's moments see the
+direction alone (Bricken et al. 2023, "Towards Monosemanticity", appendix). An encoder starts as the decoder's
+transpose (Gao et al. 2024, arXiv:2406.04093), which leaves few latents dead. A transcoder's decoder starts
+as what the target does on average where a latent is active, so that it does no harm from the first step.
+
+c is the centre of a transcoder's rows, fixed; with `skip` it adds (s x - c) W_skip^T to its output (Paulo,
+Shabalin & Belrose 2025, arXiv:2501.18823). Transcoders: Dunefsky et al. 2024 (arXiv:2406.11944). Crosscoders:
+Lindsey et al. 2024, "Sparse Crosscoders for Cross-Layer Features and Model Diffing".
 """
 
 from dataclasses import dataclass
@@ -17,9 +24,11 @@ from torch.nn import functional
 from sae_train.activations.topk import TopK
 from sae_train.batch import Batch
 from sae_train.codes import Codes
+from sae_train.errors import InputError
 from sae_train.losses import Losses, auxk, dead_reconstruction
-from sae_train.sae.base import SAE, SAES, LinearLatents, SAEConfig
-from sae_train.sae.init import geometric_median, unit_rows
+from sae_train.places import Widths
+from sae_train.sae.base import SAE, SAES, LinearLatents, SAEConfig, one_per_hook, per_column
+from sae_train.sae.init import geometric_median, mean_targets, unit_rows
 
 
 @dataclass
@@ -27,80 +36,148 @@ class LinearConfig(SAEConfig):
     """Plain encoder and decoder with a shared bias (the standard SAE)."""
 
     name: str = "linear"
+    skip: bool = False
+    """A linear map from rows to targets beside the latents; transcoders only."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.skip and self.kind != "transcoder":
+            raise InputError("sae.skip", self.skip, f"false, or sae.kind=transcoder instead of {self.kind}")
 
 
 @SAES.register("linear", LinearConfig)
 class LinearSAE(SAE):
-    """w_enc [F, D], b_enc [F], w_dec [F, D] with unit rows, b_dec [D]."""
+    """w_enc [F, d_in], b_enc [F], w_dec [F, d_out] with unit rows, b_dec [d_out], w_skip [d_out, d_in]."""
 
     config: LinearConfig
+    output_scale: Tensor
+    centre: Tensor
 
-    def __init__(self, config: LinearConfig, d_in: int) -> None:
-        super().__init__(config, d_in)
-        self.w_enc = nn.Parameter(torch.zeros(self.d_sae, d_in))
+    def __init__(self, config: LinearConfig, widths: Widths | int) -> None:
+        super().__init__(config, widths)
+        self.w_enc = nn.Parameter(torch.zeros(self.d_sae, self.d_in))
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
-        self.w_dec = nn.Parameter(torch.zeros(self.d_sae, d_in))
-        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.w_dec = nn.Parameter(torch.zeros(self.d_sae, self.d_out))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out))
+        self.transcodes = config.kind == "transcoder"
+        if self.transcodes:
+            self.register_buffer("output_scale", one_per_hook(self.widths.outputs))
+            self.register_buffer("centre", torch.zeros(self.d_in))
+        if config.skip:
+            self.w_skip = nn.Parameter(torch.zeros(self.d_out, self.d_in))
+
+    @property
+    def code_scale(self) -> Tensor:
+        return (self.output_scale if self.transcodes else self.input_scale).mean()
 
     def encode(self, x: Tensor) -> Codes:
-        return self.activation.encode(self._scaled(x) - self.b_dec, self.w_enc, self.b_enc)
+        return self.activation.encode(self._read(x), self.w_enc, self.b_enc)
 
     def decode(self, codes: Codes) -> Tensor:
-        return (codes.decode(self.w_dec) + self.b_dec) / self.input_scale
+        return (codes.decode(self.w_dec) + self.b_dec) / self._scale_out()
+
+    def reconstruct(self, x: Tensor, codes: Codes) -> Tensor:
+        if not self.config.skip:
+            return self.decode(codes)
+        return self.decode(codes) + functional.linear(self._read(x), self.w_skip) / self._scale_out()
 
     def preactivations(self, x: Tensor, features: Tensor | slice = slice(None)) -> Tensor:
-        return functional.linear(self._scaled(x) - self.b_dec, self.w_enc[features], self.b_enc[features])
+        return functional.linear(self._read(x), self.w_enc[features], self.b_enc[features])
 
     def losses(self, batch: Batch, dead: Tensor) -> Losses:
-        x = self._scaled(batch.x) - self.b_dec
-        codes = self.activation.encode(x, self.w_enc, self.b_enc)
-        scaled_y_hat = codes.decode(self.w_dec) + self.b_dec
-        residual = self._scaled(batch.y) - scaled_y_hat
-        # In scaled units a row's mean squared distance from b_dec is about D, so this is close to the FVU.
-        terms = {"mse": residual.square().sum(dim=-1).mean() / self.d_in}
-        terms |= self.activation.penalty(codes, self.w_dec.norm(dim=-1))
+        x, y = self._read(batch.x), batch.y.float() * self._scale_out()
+        codes, terms = self._training_codes(x, y)
+        base = self.b_dec + functional.linear(x, self.w_skip) if self.config.skip else self.b_dec
+        y_hat = codes.decode(self.w_dec) + base
+        residual = y - y_hat
+        terms = {"mse": self._error(codes, base, y, residual), **terms}
+        for name, (weight, others) in self.activation.also_reconstruct(x, self.w_enc, self.b_enc).items():
+            terms[name] = weight * self._squared(y - others.decode(self.w_dec) - base)
+        terms |= self.activation.penalty(codes, self.decoder_norms())
         if self.config.auxk_coefficient > 0 and len(dead) > 0:
             rows = (self.w_enc[dead], self.b_enc[dead], self.w_dec[dead])
             terms["auxk"] = self._dead_loss(residual, x, *rows)
-        return Losses(terms, codes, scaled_y_hat / self.input_scale)
+        return Losses(terms, codes, y_hat / self._scale_out())
+
+    def _training_codes(self, x: Tensor, y: Tensor) -> tuple[Codes, dict[str, Tensor]]:
+        """Codes of encoder inputs x for scaled targets y, and loss terms of the encoder's own."""
+        return self.activation.encode_training(x, self.w_enc, self.b_enc), {}
+
+    def _error(self, codes: Codes, base: Tensor, y: Tensor, residual: Tensor) -> Tensor:
+        """The main loss; `residual` is y less the whole reconstruction, base what it is without latents."""
+        return self._squared(residual)
+
+    def _squared(self, error: Tensor) -> Tensor:
+        """Close to the FVU: in scaled units a row's mean squared distance from b_dec is about D."""
+        return error.square().sum(dim=-1).mean() / self.d_out
+
+    def decoder_norms(self) -> Tensor:
+        """[F] norms of decoder rows, summed over hooks: what a latent that several hooks share costs."""
+        return torch.stack([part.norm(dim=-1) for part in self.w_dec.split(self.widths.outputs, dim=-1)]).sum(
+            0
+        )
 
     def _dead_loss(self, residual: Tensor, x: Tensor, w_enc: Tensor, b_enc: Tensor, w_dec: Tensor) -> Tensor:
-        k_aux = self.config.k_aux or max(self.d_in // 2, 1)
+        k_aux = self.config.k_aux or max(self.d_out // 2, 1)
         explained = dead_reconstruction(x, w_enc, b_enc, w_dec, k_aux)
         return self.config.auxk_coefficient * auxk(residual, explained)
 
     def latents(self) -> LinearLatents | None:
+        # A subclass of either may compute something else.
         if type(self) is not LinearSAE or type(self.activation) is not TopK:
-            return None  # a subclass may compute something else: it says itself what
+            return None
+        if self.activation.config.multi > 0 or self.transcodes:
+            return None
         return LinearLatents(
             w_enc=self.w_enc,
             b_enc=self.b_enc,
             w_dec=self.w_dec,
             b_dec=self.b_dec,
-            k=self.activation.config.k,
+            k=self.activation.k,
+            scale_in=self._scale_in(),
+            scale_out=self._scale_out(),
             centred=True,
             unit_norm=True,
             dead_loss=self._dead_loss if self.config.auxk_coefficient > 0 else None,
         )
 
     @torch.no_grad()
-    def initialise(self, rows: Tensor, generator: torch.Generator) -> None:
-        rows = rows.float()
-        if self.config.b_dec_init == "geometric_median":
-            centre = geometric_median(rows)
-        elif self.config.b_dec_init == "mean":
-            centre = rows.mean(dim=0)
-        else:
-            centre = torch.zeros_like(rows[0])
-        if self.config.input_scale == "sqrt_d":
-            # In float64: squares overflow float32 from 1e19.
-            mean_norm = torch.linalg.vector_norm(rows - centre, dim=-1, dtype=torch.float64).mean()
-            if mean_norm > torch.finfo(torch.float32).tiny:
-                self.input_scale.copy_(self.d_in**0.5 / mean_norm)
-        self.b_dec.copy_(centre * self.input_scale)
-        self.w_dec.copy_(unit_rows(self.d_sae, self.d_in, generator))
-        self.w_enc.copy_(self.w_dec)
+    def initialise(self, rows: Tensor, generator: torch.Generator, targets: Tensor | None = None) -> None:
+        centre, scale = self._centre_and_scale(rows, self.widths.inputs)
+        self.input_scale.copy_(scale)
+        self.w_dec.copy_(unit_rows(self.d_sae, self.d_out, generator))
         self.b_enc.zero_()
+        if not self.transcodes:
+            self.b_dec.copy_(centre * self._scale_in())
+            self.w_enc.copy_(self.w_dec)
+        else:
+            assert targets is not None, "a transcoder starts from rows and their targets"
+            self.centre.copy_(centre * self._scale_in())
+            centre, scale = self._centre_and_scale(targets, self.widths.outputs)
+            self.output_scale.copy_(scale)
+            self.b_dec.copy_(centre * self._scale_out())
+            self.w_enc.copy_(unit_rows(self.d_sae, self.d_in, generator))
+            y = targets.float() * self._scale_out() - self.b_dec
+            found = mean_targets(self._read(rows), y, self.w_enc)
+            self.w_dec.copy_(torch.where(found.norm(dim=-1, keepdim=True) > 0, found, self.w_dec))
+            self.after_step()
+        self.activation.initialise(self._read(rows), self.w_enc, self.b_enc)
+
+    def _centre_and_scale(self, rows: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """[sum of widths] centre of raw rows, and the number that each hook's rows are multiplied by."""
+        rows, centres, scales = rows.float(), [], []
+        for part in rows.split(widths, dim=-1):
+            if self.config.b_dec_init == "geometric_median":
+                centres.append(geometric_median(part))
+            elif self.config.b_dec_init == "mean":
+                centres.append(part.mean(dim=0))
+            else:
+                centres.append(torch.zeros_like(part[0]))
+            # In float64: squares overflow float32 from 1e19.
+            mean_norm = torch.linalg.vector_norm(part - centres[-1], dim=-1, dtype=torch.float64).mean()
+            scaled = self.config.input_scale == "sqrt_d" and mean_norm > torch.finfo(torch.float32).tiny
+            scales.append(part.shape[-1] ** 0.5 / mean_norm if scaled else torch.ones_like(mean_norm))
+        return torch.cat(centres), torch.stack(scales).squeeze() if len(scales) == 1 else torch.stack(scales)
 
     @torch.no_grad()
     def before_step(self) -> None:
@@ -115,10 +192,29 @@ class LinearSAE(SAE):
 
     @torch.no_grad()
     def fold_(self) -> None:
-        # Unit decoder rows stay unit: codes shrink instead, so w_enc needs no change at all.
-        self.b_enc.div_(self.input_scale)
-        self.b_dec.div_(self.input_scale)
+        # Codes shrink, so that unit decoder rows stay unit: with one hook the factors of the weights are 1.
+        code, scale_in, scale_out = self.code_scale.clone(), self._scale_in(), self._scale_out()
+        if self.config.skip:
+            self.b_dec.sub_(self.w_skip @ self.centre)
+            self.w_skip.mul_(scale_in).div_(scale_out.expand(self.d_out)[:, None])
+        if self.transcodes:
+            self.b_enc.sub_(self.w_enc @ self.centre)
+            self.centre.zero_()
+        self.w_enc.mul_(scale_in / code)
+        self.w_dec.mul_(code / scale_out)
+        self.b_enc.div_(code)
+        self.b_dec.div_(scale_out)
+        self.activation.fold_(code)
         self.input_scale.fill_(1.0)
+        if self.transcodes:
+            self.output_scale.fill_(1.0)
 
-    def _scaled(self, rows: Tensor) -> Tensor:
-        return rows.float() * self.input_scale
+    def _scale_in(self) -> Tensor:
+        return per_column(self.input_scale, self.widths.inputs)
+
+    def _scale_out(self) -> Tensor:
+        return per_column(self.output_scale, self.widths.outputs) if self.transcodes else self._scale_in()
+
+    def _read(self, rows: Tensor) -> Tensor:
+        """Raw rows as the encoder takes them: scaled and centred."""
+        return rows.float() * self._scale_in() - (self.centre if self.transcodes else self.b_dec)

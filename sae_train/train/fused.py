@@ -101,15 +101,15 @@ class FusedStepper:
         return step
 
     def _step(self, form: LinearLatents, latents: Latents, member: Member, batch: Batch) -> Step:
-        scale, stats, config = member.sae.input_scale, member.stats, member.config.optim
+        stats, config = member.stats, member.config.optim
         (n, d), dtype = batch.y.shape, self.autocast or torch.float32
         # With b_dec taken from the target instead of added to the output, an autoencoder's target is its
         # input: one tensor serves as both, and rounds distances from b_dec only.
-        target = (batch.y.float() * scale - form.b_dec).to(dtype)
+        target = (batch.y.float() * form.scale_out - form.b_dec).to(dtype)
         if form.centred and batch.x is batch.y:
             x = target
         else:
-            x = batch.x.float() * scale
+            x = batch.x.float() * form.scale_in
             x = (x - form.b_dec if form.centred else x).to(dtype)
         w_enc, w_dec = latents.w_enc.product(), latents.w_dec.product()
         values, indices = topk_encode(x, w_enc, form.b_enc.detach(), form.k)
@@ -148,7 +148,7 @@ class FusedStepper:
             other = torch.zeros_like(norm) if last_norm is None else last_norm
             kept["grad_norm"] = torch.where(torch.isfinite(norm), norm, other)
         residual[0, 0] = kept_residual
-        y_hat = torch.addcdiv(batch.y.float(), residual.float(), scale, value=-1)
+        y_hat = torch.addcdiv(batch.y.float(), residual.float(), form.scale_out, value=-1)
         return Step(Losses(terms, Codes(values, indices, len(w_enc)), y_hat), batch, norm)
 
     def _dead(

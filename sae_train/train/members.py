@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sae_train.batch import Batch, RowBatch
+from sae_train.places import Places, Widths
 from sae_train.sae.base import SAE, SAES, SAEConfig
 from sae_train.stats import FeatureStats
 from sae_train.train.optim import OptimConfig, build_optimizer, build_schedule, load_optimizer
@@ -23,13 +24,18 @@ that wakes up in between gets a few more steps of the auxiliary loss, which does
 
 @dataclass
 class MemberConfig:
-    """What one member of the run is; unset parts come from the run's own `hook`, `sae`, `optim` and seed."""
+    """What one member of the run is; unset parts come from the run's own keys of the same names."""
 
     name: str
     hook: str
     seed: int
     sae: SAEConfig
     optim: OptimConfig
+    target: str | None = None
+
+    @property
+    def places(self) -> Places:
+        return Places.parse(self.hook, self.target)
 
 
 class Member:
@@ -38,7 +44,7 @@ class Member:
     def __init__(
         self,
         config: MemberConfig,
-        d_in: int,
+        widths: Widths | int,
         steps: int,
         tokens: int,
         ema: float,
@@ -47,8 +53,9 @@ class Member:
         spike_window: int = 128,
     ) -> None:
         self.config = config
-        self.name, self.hook = config.name, config.hook
-        self.sae: SAE = SAES.build(config.sae, d_in).to(device)
+        self.name, self.places = config.name, config.places
+        self.steps = steps
+        self.sae: SAE = SAES.build(config.sae, widths).to(device)
         self.optimizer = build_optimizer(config.optim, self.sae.parameters(), self.sae.d_sae)
         self.schedule: LambdaLR = build_schedule(config.optim, self.optimizer, steps)
         self.stats = FeatureStats(self.sae.d_sae, device)
@@ -63,7 +70,8 @@ class Member:
     def initialise(self, rows: Mapping[str, Tensor]) -> None:
         """Set the weights from real rows; called once, in a fresh run."""
         generator = torch.Generator().manual_seed(self.config.seed)
-        self.sae.initialise(rows[self.hook], generator)
+        x, y = self.places.batch(rows)
+        self.sae.initialise(x, generator, y if self.places.targets else None)
         self.start_average()
 
     def start_average(self) -> None:
@@ -71,10 +79,11 @@ class Member:
             self.average = AveragedModel(self.sae, multi_avg_fn=get_ema_multi_avg_fn(self.ema_decay))
 
     def batch(self, rows: RowBatch) -> Batch:
-        x = rows.rows[self.hook]
-        return Batch(x, x)
+        return self.places.batch(rows.rows)
 
-    def refresh_dead(self, step: int) -> None:
+    def begin_step(self, step: int) -> None:
+        """What has to be known before step `step`: what follows a schedule, and which latents are dead."""
+        self.sae.begin_step(step, self.steps)
         if step % DEAD_REFRESH_STEPS == 0:
             self.dead = self.stats.dead(self.dead_after_tokens).nonzero().flatten()  # host synchronisation
 
@@ -84,7 +93,8 @@ class Member:
             return self.sae
         sae = copy.deepcopy(self.average.module)
         assert isinstance(sae, SAE)
-        sae.input_scale.copy_(self.sae.input_scale)
+        for mine, own in zip(sae.buffers(), self.sae.buffers(), strict=True):
+            mine.copy_(own)
         sae.after_step()
         return sae
 

@@ -185,7 +185,7 @@ class Trainer:
         )
 
     def _step(self, member: Member, batch: Any, step: int) -> Step:
-        member.refresh_dead(step)
+        member.begin_step(step)
         return self.stepper.step(member, batch)
 
     @torch.no_grad()

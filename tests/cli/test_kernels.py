@@ -45,14 +45,14 @@ def said(run: Path) -> list[str]:
 
 def stop_after(patch: pytest.MonkeyPatch, steps: int) -> None:
     """A real SIGTERM in the step after which the run is to stop."""
-    refresh = Member.refresh_dead
+    refresh = Member.begin_step
 
     def refresh_and_stop(member: Member, step: int) -> None:
         if step == steps - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         refresh(member, step)
 
-    patch.setattr(Member, "refresh_dead", refresh_and_stop)
+    patch.setattr(Member, "begin_step", refresh_and_stop)
 
 
 def test_steps_are_fused_by_default_and_end_where_those_of_autograd_do(tiny, tmp_path):

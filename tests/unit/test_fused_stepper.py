@@ -69,7 +69,7 @@ def make_member(ema: float = 0.0, **optim) -> Member:
 def train(member: Member, stepper: Stepper, first: int, last: int) -> list[Step]:
     done = []
     for step in range(first, last):
-        member.refresh_dead(step)
+        member.begin_step(step)
         x = rows(1 + step)
         done.append(stepper.step(member, Batch(x, x)))
     return done

@@ -99,7 +99,7 @@ def test_the_report_is_the_four_runs_and_scores_from_them(tiny_model):
     def shrink(rows):
         return 0.7 * rows
 
-    report = splice_report(model, windows, mask, site, shrink, mean)
+    report = splice_report(model, windows, mask, [site], [site], shrink, [mean])
     ce = {
         "clean": cross_entropy(model, windows, mask).ce,
         "sae": cross_entropy(model, windows, mask, {site: shrink}).ce,
@@ -116,7 +116,8 @@ def test_the_report_is_the_four_runs_and_scores_from_them(tiny_model):
 def test_a_perfect_reconstruction_recovers_everything(tiny_model):
     model = tiny_model("gpt2")
     windows, mask = make_windows()
-    report = splice_report(model, windows, mask, resolve("mlp_out.1", model), identity, torch.zeros(32))
+    site = [resolve("mlp_out.1", model)]
+    report = splice_report(model, windows, mask, site, site, identity, [torch.zeros(32)])
     assert report["ce_sae"] == report["ce_clean"]
     assert report["ce_mean"] == report["ce_zero"]  # the mean given is zero
     assert (report["recovered_zero"], report["recovered_mean"], report["kl_sae"]) == (1.0, 1.0, 0.0)
@@ -160,5 +161,6 @@ def test_an_encoder_has_no_cross_entropy(tiny_model):
 def test_nothing_to_predict_is_an_error_and_not_a_nan(tiny_model):
     windows, mask = make_windows()
     model = tiny_model("llama")
+    site = [resolve("resid_post.1", model)]
     with pytest.raises(InputError, match="at least one ordinary token"):
-        splice_report(model, windows, mask & False, resolve("resid_post.1", model), identity, torch.zeros(32))
+        splice_report(model, windows, mask & False, site, site, identity, [torch.zeros(32)])

@@ -138,7 +138,7 @@ def test_latents_that_stay_silent_are_listed_as_dead_at_the_next_look():
         member.sae.b_enc[5] = -1e6
     stepper = AutogradStepper()
     for step in range(DEAD_REFRESH_STEPS + 1):
-        member.refresh_dead(step)
+        member.begin_step(step)
         stepper.step(member, Batch(rows(step), rows(step)))
     assert 5 in member.dead.tolist()
 

@@ -36,7 +36,7 @@ def build(job: Job, start: Start) -> Step:
 
     def step(x: Tensor) -> Tensor:
         nonlocal done
-        member.refresh_dead(done)
+        member.begin_step(done)
         done += 1
         return stepper.step(member, Batch(x, x)).losses.terms["mse"].detach() * d_in
 
