@@ -9,6 +9,7 @@ import sys
 import traceback
 
 from sae_train.cli.help import overview
+from sae_train.cli.output import tolerate_lost_messages
 from sae_train.cli.signals import StopSignals
 from sae_train.errors import InputError, NumericsError, StoppedEarly
 from sae_train.files import CorruptFile
@@ -60,6 +61,7 @@ def shown(message: str, keep: str = "") -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code (0 done, 1 a bug, 2 input, 3 numerics, 75 stopped and saved)."""
+    tolerate_lost_messages()
     try:
         return command(argv)
     except Exception as error:

@@ -3,6 +3,7 @@
 import resource
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -186,6 +187,15 @@ def test_a_limit_on_the_size_of_files_ends_the_run_like_a_full_disk(zygote, refe
     assert whole_steps(run) == before and leftovers(run) == []
     zygote.run(*train(run), plots=False)
     assert differences(final_state(run), final_state(reference)) == []
+
+
+def test_messages_that_nobody_can_write_down_do_not_end_a_run(tiny, tmp_path):
+    command = [sys.executable, "-m", "sae_train", "train", *tiny, "train.tokens=320"]
+    with open("/dev/full", "w") as full:  # as a log on a disk without room
+        done = subprocess.run([*command, f"run.dir={tmp_path / 'run'}"], stderr=full, timeout=120)
+        wrong = subprocess.run([*command, "hook=nowhere.1"], stderr=full, timeout=120)
+    assert (done.returncode, wrong.returncode) == (0, 2)
+    assert (tmp_path / "run" / "report.html").exists()
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["new", "continued"])
