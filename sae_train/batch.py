@@ -26,6 +26,8 @@ class RowBatch(NamedTuple):
     """hook -> [N, D]"""
     ids: Tensor
     """[N] int64: which row of the stream each is (window * context_length + position)."""
+    windows: Any = None
+    """The token windows that the rows are of, for what trains through the model; there are no rows then."""
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,8 @@ class Config:
     auto is the only hook of a source that has one. Names joined by + are one row (a crosscoder)."""
     target: Any = None
     """Where what is reconstructed is read, if that is not the hook (a transcoder); a list for a list."""
+    start: Any = None
+    """A published SAE folder (RUN/saes/NAME) that training goes on from; a list for a list of hooks."""
     sae: SAEConfig = MISSING
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -169,9 +171,8 @@ def members(config: Config, composed: DictConfig) -> list[MemberConfig]:
             raise InputError("hook", config.hook, "a hook name such as resid_post.12, or a list of them")
     if len(set(hooks)) < len(hooks):
         raise InputError("hook", config.hook, "each hook once")
-    targets = config.target if isinstance(config.target, list) else [config.target] * len(hooks)
-    if len(targets) != len(hooks) or not all(t is None or (isinstance(t, str) and t) for t in targets):
-        raise InputError("target", config.target, f"one hook name for each of {hooks}, or null")
+    targets = _for_each(hooks, "target", config.target, "hook name")
+    starts = _for_each(hooks, "start", config.start, "published SAE folder")
     if config.saes is not None and not isinstance(config.saes, dict):
         raise InputError(
             "saes", config.saes, "names with what differs: saes={a: {sae: {activation: {k: 16}}}, b: {}}"
@@ -179,8 +180,8 @@ def members(config: Config, composed: DictConfig) -> list[MemberConfig]:
     if not config.saes:
         names = ["main"] if len(hooks) == 1 else [re.sub(r"[^A-Za-z0-9._-]", "_", hook) for hook in hooks]
         return [
-            MemberConfig(name, hook, config.run.seed, config.sae, config.optim, target)
-            for name, hook, target in zip(names, hooks, targets, strict=True)
+            MemberConfig(name, hook, config.run.seed, config.sae, config.optim, target, start)
+            for name, hook, target, start in zip(names, hooks, targets, starts, strict=True)
         ]
     out = []
     for name, differs in config.saes.items():
@@ -189,7 +190,7 @@ def members(config: Config, composed: DictConfig) -> list[MemberConfig]:
         if differs is not None and not isinstance(differs, dict):
             raise InputError(f"saes.{name}", differs, "what differs: {sae: {activation: {k: 16}}}, or {}")
         base = OmegaConf.create(
-            {"hook": hooks[0], "target": targets[0], "seed": config.run.seed}
+            {"hook": hooks[0], "target": targets[0], "start": starts[0], "seed": config.run.seed}
             | {"sae": composed.sae, "optim": composed.optim}
         )
         OmegaConf.set_struct(base, True)
@@ -200,20 +201,40 @@ def members(config: Config, composed: DictConfig) -> list[MemberConfig]:
             if isinstance(error.__cause__, InputError):
                 raise error.__cause__ from None
             raise InputError(
-                f"saes.{name}", differs, f"keys of hook, target, seed, sae, optim ({_first_line(error)})"
+                f"saes.{name}",
+                differs,
+                f"keys of hook, target, start, seed, sae, optim ({_first_line(error)})",
             ) from None
         assert isinstance(typed, dict)
         check_seed(f"saes.{name}.seed", typed["seed"])
         if not isinstance(typed["hook"], str):
             raise InputError(f"saes.{name}.hook", typed["hook"], "one hook name such as resid_post.12")
-        if not (typed["target"] is None or isinstance(typed["target"], str)):
-            raise InputError(f"saes.{name}.target", typed["target"], "one hook name, or null")
+        _for_each(hooks[:1], f"saes.{name}.target", typed["target"], "hook name")
+        _for_each(hooks[:1], f"saes.{name}.start", typed["start"], "published SAE folder")
         out.append(
             MemberConfig(
-                name, typed["hook"], typed["seed"], typed["sae"], typed["optim"], typed["target"] or None
+                name=name,
+                hook=typed["hook"],
+                seed=typed["seed"],
+                sae=typed["sae"],
+                optim=typed["optim"],
+                target=typed["target"],
+                start=typed["start"],
             )
         )
     return out
+
+
+def _for_each(hooks: list[str], key: str, value: Any, wanted: str) -> list[str | None]:
+    """A value of each hook, given one for all or a list.
+
+    Raises:
+        InputError: another number of them than there are hooks, or something that is no string.
+    """
+    values: list[str | None] = value if isinstance(value, list) else [value] * len(hooks)
+    if len(values) != len(hooks) or not all(v is None or (isinstance(v, str) and v) for v in values):
+        raise InputError(key, value, f"one {wanted} for each of {', '.join(hooks)}, or null")
+    return values
 
 
 def as_tree(config: Any) -> dict[str, Any]:

@@ -10,9 +10,11 @@ from sae_train import stop
 from sae_train.errors import InputError
 from sae_train.metrics.base import METRICS, EvalBatch, Metric, MetricConfig
 from sae_train.metrics.fvu import FVU
+from sae_train.metrics.recovery import Recovery, decoder_directions
 from sae_train.places import Places
 from sae_train.registry import nearest
 from sae_train.sae.base import SAE
+from sae_train.shards.synthetic import Truth
 
 Splice = Callable[[Places, Callable[[Tensor], Tensor], list[Tensor], int], dict[str, float]]
 """(hooks, reconstruct [n, d_in] -> [n, d_out], mean row of each output, tokens) -> cross-entropies."""
@@ -59,6 +61,8 @@ class HeldOut:
 
     rows: dict[str, Tensor]
     ordinary: dict[str, Tensor]
+    truth: Truth | None = None
+    """The features that the rows are really made of, where somebody knows them (source=synthetic)."""
 
     def mean(self, hook: str) -> Tensor:
         """[D] float32 mean of the ordinary rows."""
@@ -128,8 +132,11 @@ def evaluate(
     several = places.outputs if len(places.outputs) > 1 else ()
     widths = sae.widths.outputs
     by_hook = [FVU(MetricConfig("fvu"), width, sae.d_sae) for _, width in zip(several, widths, strict=False)]
+    recovery = None if heldout.truth is None else Recovery(decoder_directions(sae), heldout.truth)
     for batch in _batches(sae, places, heldout, config.batch_tokens):
         stop.check()
+        if recovery is not None:
+            recovery.update(batch.codes)
         for metric in metrics:
             metric.update(batch)
         parts = zip(batch.y.split(widths, dim=-1), batch.y_hat.split(widths, dim=-1), strict=True)
@@ -138,6 +145,8 @@ def evaluate(
     numbers: dict[str, float] = {}
     for metric in metrics:
         numbers |= metric.compute()
+    if recovery is not None:
+        numbers |= recovery.compute()
     numbers |= {f"fvu/{hook}": m.compute()["fvu"] for hook, m in zip(several, by_hook, strict=True)}
     if splice is not None and ce_tokens > 0:
 

@@ -38,7 +38,10 @@ LAYERS: list[list[tuple[set[str], set[str]]]] = [
     [({"sae"}, {"torch", "safetensors", "psutil"})],
     [({"stats"}, {"torch"})],
     [({"metrics"}, {"torch"}), ({"checkpoint"}, {"torch", "safetensors"})],
-    [({"train"}, {"torch", "numpy", "rich", "psutil"}), ({"evaluate"}, {"torch"})],
+    [
+        ({"train"}, {"torch", "numpy", "rich", "psutil", "schedulefree", "torchao"}),
+        ({"evaluate"}, {"torch"}),
+    ],
     [({"report"}, {"numpy", "rich", "jinja2", "matplotlib", "yaml"})],
     [({"config"}, {"hydra", "omegaconf"})],
     [
@@ -50,6 +53,7 @@ LAYERS: list[list[tuple[set[str], set[str]]]] = [
 ]
 TOP = "sae_train"  # its __init__ gathers names for users; nothing inside may import it
 HEAVY = {"transformers", "datasets", "huggingface_hub", "wandb", "matplotlib", "jinja2"}
+HEAVY |= {"schedulefree", "torchao"}
 """May be imported inside a function, so that `import sae_train` and `--help` stay fast."""
 HEAVY_MODULES = {"torch.utils.tensorboard"}
 MAX_LINES = 400

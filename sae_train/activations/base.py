@@ -67,7 +67,7 @@ class Activation(nn.Module, ABC):
         """Called before step `step` of `steps`: what changes over a run is set here, from these alone."""
 
     def initialise(self, x: Tensor, w: Tensor, b: Tensor) -> None:
-        """Called once when the weights are set, with encoder inputs x [R, D] of real rows."""
+        """Called once when the weights are set, with encoder inputs x [R, D] of real rows; may change b."""
 
     def fold_(self, scale: Tensor) -> None:
         """Codes and pre-activations are divided by `scale` (a positive scalar) from now on."""

@@ -165,10 +165,10 @@ def publish(
     sae = member.trained()
     meta = wired.description | {"hook": "+".join(member.places.inputs), "tokens": state.tokens}
     meta["seed"] = member.config.seed
-    save_sae(sae, folder, meta)
     heldout: FeatureStats | None = next((m.stats for m in metrics if isinstance(m, Density)), None)
     if member.places.targets:
         meta["target"] = "+".join(member.places.targets)
+    save_sae(sae, folder, meta)
     scale = float(sae.code_scale)
     write_features(folder / "features.safetensors", member.stats, heldout, scale, member.dead_after_tokens)
     write_json(folder / "metrics.json", finite(numbers))

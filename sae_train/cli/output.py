@@ -1,7 +1,7 @@
 """Standard error that never ends a run.
 
-Progress and warnings often go to a file beside the run, or to a terminal that somebody closes. When that file
-cannot grow, what the disk refuses is dropped; what a run does about the disk itself is decided where it saves.
+Progress and warnings often go to a file beside the run, or to a terminal that somebody closes. When it cannot
+take any more, what it refuses is dropped; what a run does about a full disk is decided where it saves.
 Standard output stays strict: whoever asked for numbers shall not get half of them with exit code 0.
 """
 

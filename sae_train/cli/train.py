@@ -25,6 +25,7 @@ from sae_train.evaluate import build_metrics, evaluate
 from sae_train.files import write_bytes
 from sae_train.log import METRICS_FILE, MetricLog, setup_logging
 from sae_train.sae.base import SAES
+from sae_train.sae.io import load_sae
 from sae_train.train.clock import Clock
 from sae_train.train.kernels import choose_stepper
 from sae_train.train.members import Member, MemberConfig
@@ -82,6 +83,9 @@ def _run(
             f"the checkpoints of the run that was started here; they are gone "
             f"(remove {folder / 'run.json'} to start anew)",
         )
+    if loaded is None:
+        for path in filter(None, (m.start for m in wanted)):
+            load_sae(path)  # one that cannot be read says so before anything is harvested
     setup_logging(folder)
     device = pick_device(config.model.device)
     before = (
@@ -158,7 +162,9 @@ def _train(
         for m in wanted
     ]
     autocast = torch.bfloat16 if record.chosen["autocast"] == "bfloat16" else None
-    stepper = choose_stepper(config.kernels, built, config.train.accumulate, autocast)
+    stepper = choose_stepper(
+        config.kernels, built, config.train.accumulate, autocast, wired.through, config.train.loss_weight
+    )
     state = TrainState(built, wired.source)
     if loaded is not None:
         with clock.phase("loading"):
@@ -241,6 +247,16 @@ def check(config: Config) -> None:
             f"a multiple of source.lanes={config.source.lanes}",
         )
     build_metrics(config.eval.metrics, 1, 1)
+    if config.train.loss != "rows":
+        length, count = (
+            config.corpus.context_length,
+            config.train.batch_tokens // config.corpus.context_length,
+        )
+        if config.train.batch_tokens % length or count % config.train.accumulate:
+            wanted = f"a multiple of corpus.context_length={length} with train.loss={config.train.loss}"
+            if config.train.accumulate > 1:
+                wanted += f", and of train.accumulate={config.train.accumulate} times that"
+            raise InputError("train.batch_tokens", config.train.batch_tokens, wanted)
 
 
 def check_widths(wanted: list[MemberConfig], dims: Mapping[str, int]) -> None:

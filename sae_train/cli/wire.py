@@ -19,13 +19,16 @@ from sae_train.demo import resolve as demo
 from sae_train.errors import InputError
 from sae_train.evaluate import HeldOut, Splice, collect, ordinary_rows
 from sae_train.harvest.corpus import CorpusConfig, Documents
+from sae_train.harvest.end_to_end import EndToEnd
 from sae_train.harvest.filters import keep_mask
 from sae_train.harvest.harvester import Harvester, dims_from_config
-from sae_train.harvest.hooks import Site, resolve
+from sae_train.harvest.hooks import OTHER, Site, is_other, resolve
 from sae_train.harvest.kinds import is_causal_lm, skeleton
 from sae_train.harvest.model import ModelConfig, check_context, load_config, load_model, load_tokenizer
+from sae_train.harvest.second import check_embeddings, check_tokenizers, of_second, second
 from sae_train.harvest.splice import splice_report
 from sae_train.harvest.stream import StreamRows
+from sae_train.harvest.window_source import WindowSource
 from sae_train.harvest.windows import Windows, WindowStream, check_vocabulary, special_ids
 from sae_train.places import Places
 from sae_train.registry import nearest
@@ -55,12 +58,14 @@ class Wired:
     """
 
     shards: ShardStream
-    source: ShardSource
+    source: ShardSource | WindowSource
     key: Callable[[str], str]
     heldout: Callable[[], HeldOut]
     splice: Splice | None
     heldout_shards: Callable[[], ShardStream]
     description: dict[str, Any]
+    through: EndToEnd | None = None
+    """The language model to train through, if `train.loss` is its own; batches are then of windows."""
 
 
 CheckWidths = Callable[[Mapping[str, int]], None]
@@ -82,8 +87,26 @@ def wire(
     Raises:
         InputError: anything the user gave that cannot work.
     """
+    _check_second(config, hooks)
+    if config.train.loss != "rows" and config.source.name != "stream":
+        raise InputError("train.loss", config.train.loss, "rows, or source=stream: it needs the model")
     wirings = {"stream": _stream, "shards": _shards, "tensors": _tensors, "synthetic": _synthetic}
     return wirings[config.source.name](config, list(dict.fromkeys(hooks)), device, chosen, check_widths)
+
+
+def _check_second(config: Config, hooks: list[str]) -> None:
+    """Raises InputError if a second model is named and no hook of the run is in it, or the other way round.
+
+    `hooks` may be fewer than the run's: evaluation of one SAE reads its hooks only.
+    """
+    model = config.model
+    second_hook = next((hook for hook in hooks if is_other(hook)), None)
+    if second_hook and model.other is None and config.source.name == "stream":
+        wanted = f"the second model, which hook={second_hook} is in: model.other=HUB_ID or a folder"
+        raise InputError("model.other", None, wanted)
+    if model.other is not None and OTHER not in str((config.hook, config.target, config.saes)):
+        wanted = f"null, or a hook in the second model, which ends in {OTHER}: hook=NAME+NAME{OTHER}"
+        raise InputError("model.other", model.other, wanted)
 
 
 @dataclass
@@ -96,6 +119,8 @@ class LanguageModel:
     sites: list[Site]
     fingerprint: dict[str, str]
     description: dict[str, Any]
+    other: nn.Module | None = None
+    """The second model, where there are hooks in it."""
 
 
 def load_language_model(
@@ -113,16 +138,29 @@ def load_language_model(
     if config.name in ("none", "???"):
         raise InputError("model.name", config.name, "a Hugging Face model: model.name=HUB_ID or a folder")
     hf_config = load_config(config)
-    bare = skeleton(hf_config)
-    sites = [resolve(hook, bare) for hook in hooks]
+    bare = {False: skeleton(hf_config)}
+    other = second(config) if any(map(is_other, hooks)) else None
+    if other is not None:
+        with of_second():
+            hf_other = load_config(other)
+            bare[True] = skeleton(hf_other)
+    sites = [resolve(hook, bare[is_other(hook)]) for hook in hooks]
     for i, site in enumerate(sites):
         if site.key in [earlier.key for earlier in sites[:i]]:
             raise InputError("hook", site.name, f"each place once; it is {site.key}, which is there already")
     check_context(hf_config, corpus.context_length)
-    widths = dims_from_config(sites, hf_config)
+    widths = dims_from_config([site for site in sites if not site.other], hf_config)
+    if other is not None:
+        with of_second():
+            check_context(hf_other, corpus.context_length)
+            widths |= dims_from_config([site for site in sites if site.other], hf_other)
     check_widths({site.name: widths[site.key] for site in sites})
     tokenizer = load_tokenizer(config)
     check_vocabulary(tokenizer, hf_config.get_text_config().vocab_size)
+    if other is not None:
+        check_embeddings(other.name, tokenizer, hf_other.get_text_config().vocab_size)
+        with of_second():
+            check_tokenizers(other.name, tokenizer, load_tokenizer(other))
     before_weights(tokenizer)
     model, info = load_model(config, tokenizer)
     description = {
@@ -135,14 +173,22 @@ def load_language_model(
         },
         "context_length": corpus.context_length,
     }
-    return LanguageModel(model, tokenizer, special_ids(tokenizer), sites, dict(info.fingerprint), description)
+    lm = LanguageModel(model, tokenizer, special_ids(tokenizer), sites, dict(info.fingerprint), description)
+    if other is not None:
+        with of_second():
+            lm.other, info = load_model(other, tokenizer)
+        lm.description |= {"other_model": info.name, "other_model_revision": info.revision}
+        decisive = ("model", "model_revision", "attn_implementation")
+        lm.fingerprint |= {f"other_{key}": info.fingerprint[key] for key in decisive}
+    return lm
 
 
 def _stream(
     config: Config, hooks: list[str], device: torch.device, chosen: dict[str, Any], check_widths: CheckWidths
 ) -> Wired:
     corpus = replace(config.corpus, name=demo(config.corpus.name) if config.corpus.name else None)
-    model_config = replace(config.model, name=demo(config.model.name))
+    other_name = demo(config.model.other) if config.model.other else None
+    model_config = replace(config.model, name=demo(config.model.name), other=other_name)
     source, length = config.source, corpus.context_length
     # Whole lanes of windows, so that the held-out shard of a harvest holds the rows that a live run judges.
     ce_tokens = max(config.eval.ce_tokens, config.eval.interval_ce_tokens)
@@ -169,18 +215,20 @@ def _stream(
         judged.append(taken)
 
     lm = load_language_model(model_config, corpus, hooks, check_widths, open_corpus)
-    harvester = Harvester(
-        lm.model, lm.sites, chosen.get("micro_batch", config.model.micro_batch), context_length=length
-    )
+    micro_batch = chosen.get("micro_batch", config.model.micro_batch)
+    harvester = Harvester(lm.model, lm.sites, micro_batch, context_length=length, other=lm.other)
     chosen["micro_batch"] = harvester.micro_batch
     shard_windows = max(1, round(source.shard_tokens / (length * source.lanes))) * source.lanes
     identity = windows["train"].fingerprint() | lm.fingerprint | {"model": config.model.name}
+    if lm.other is not None:
+        identity["other_model"] = str(config.model.other)
     producer = StreamRows(
         windows["train"], harvester, config.filter, lm.special, shard_windows, source.lanes, identity
     )
     shards = PermutedShards(producer, source.seed, source.lanes)
     ahead = Prefetch(shards, source.prefetch, device, producer.cancel)
     masks: list[Tensor] = []
+    causal = {False: is_causal_lm(lm.model), True: lm.other is not None and is_causal_lm(lm.other)}
 
     def heldout() -> HeldOut:
         taken = judged[0]
@@ -204,11 +252,13 @@ def _stream(
     ) -> dict[str, float]:
         sites = {site.key: site for site in lm.sites}
         inputs, outputs = ([sites[key] for key in keys] for keys in (places.inputs, places.outputs))
+        if not any(causal[site.other] for site in outputs):
+            return {}
         count = ceil(tokens / length)
         w, mask = judged[0], masks[0]
         some = Windows(w.tokens[:count], w.valid[:count], w.starts[:count], w.index[:count])
         with ahead.idle():
-            return splice_report(lm.model, some, mask[:count], inputs, outputs, reconstruct, means)
+            return splice_report(lm.model, some, mask[:count], inputs, outputs, reconstruct, means, lm.other)
 
     def heldout_shards() -> ShardStream:
         keep_sinks = replace(config.filter, sinks=False)
@@ -216,15 +266,28 @@ def _stream(
         rows = StreamRows(again, harvester, keep_sinks, lm.special, heldout_windows, source.lanes, identity)
         return PermutedShards(rows, source.seed, source.lanes)
 
-    canonical = {hook: resolve(hook, lm.model).key for hook in hooks}
+    canonical = {site.name: site.key for site in lm.sites}
+    through: EndToEnd | None = None
+    batches: ShardSource | WindowSource = ShardSource(ahead, config.train.batch_tokens)
+    if config.train.loss != "rows":
+        if not causal[False] or lm.other is not None:
+            wanted = "rows, or one causal language model to train through"
+            raise InputError("train.loss", config.train.loss, wanted)
+        by_key = {site.key: site for site in lm.sites}
+        through = EndToEnd(lm.model, by_key, lm.special, config.filter, config.train.loss)
+        count = config.train.batch_tokens // length
+        batches = WindowSource(
+            windows["train"], harvester, lm.special, config.filter, count, length, identity
+        )
     return Wired(
         shards,
-        ShardSource(ahead, config.train.batch_tokens),
+        batches,
         lambda hook: canonical[hook],
         heldout,
-        splice if is_causal_lm(lm.model) else None,
+        splice if any(causal.values()) else None,
         heldout_shards,
         lm.description | {"corpus": config.corpus.name, "fingerprint": identity},
+        through,
     )
 
 
@@ -280,7 +343,13 @@ def _synthetic(
             device=device,
         )
 
-    return _producer(config, rows, device, check_widths)
+    wired = _producer(config, rows, device, check_widths)
+
+    def heldout() -> HeldOut:
+        judged = wired.heldout()  # first: it refuses an empty held-out set
+        return replace(judged, truth=rows(HELDOUT).truth_along(wired.heldout_shards(), config.eval.tokens))
+
+    return replace(wired, heldout=heldout)
 
 
 def _producer(

@@ -4,6 +4,9 @@ hook.
 A pass is one micro-batch of windows. How many windows that is changes bits (matrix products are cut
 differently), so the number is chosen once, kept in `Harvester.micro_batch`, recorded and restored. Rows
 are copied out inside the hook, before the model can change the tensor in place.
+
+With two models (`Site.other`) a pass runs both, one after the other, on the same windows: nobody downstream
+needs to know, and a model's rows are the bits that it gives when it is harvested alone.
 """
 
 import inspect
@@ -38,12 +41,13 @@ class _LastHook(Exception):
 
 
 class Harvester:
-    """Runs a model up to its hooks.
+    """Runs a model, or two on the same tokens, up to their hooks.
 
     Args:
         model: in evaluation mode, on its device.
         sites: the hooks, each key once.
         micro_batch: windows per forward; None chooses, for windows of `context_length` tokens.
+        other: the second model, which sites with `other` are in, on the same device.
 
     Attributes:
         micro_batch: the number in use.
@@ -60,16 +64,21 @@ class Harvester:
         micro_batch: int | None = None,
         *,
         context_length: int = 256,
+        other: nn.Module | None = None,
     ) -> None:
         assert sites, "no hooks"
+        assert other is not None or not any(site.other for site in sites), "no second model"
         keys = [site.key for site in sites]
         for site in sites:
             if keys.count(site.key) > 1:
                 raise InputError("hook", site.name, f"each place once; {site.key!r} is there twice")
-        self.model = model
+        both = ((model, False),) if other is None else ((model, False), (other, True))
+        parts = [(of, [site for site in sites if site.other == second]) for of, second in both]
+        self.parts = [(of, inside) for of, inside in parts if inside]
         self.sites = sites
         self.device = next(model.parameters()).device
-        self.dims: Mapping[str, int] = check_sites(model, sites)
+        dims = {key: width for of, inside in self.parts for key, width in check_sites(of, inside).items()}
+        self.dims: Mapping[str, int] = {key: dims[key] for key in keys}
         self.micro_batch = micro_batch if micro_batch is not None else self._size(context_length)
 
     def rows(self, windows: Windows, out: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -101,8 +110,21 @@ class Harvester:
     def _forward(
         self, tokens: Tensor, valid: Tensor, part: slice, num_windows: int, rows: dict[str, Tensor]
     ) -> None:
+        for model, sites in self.parts:
+            self._run(model, sites, tokens, valid, part, num_windows, rows)
+
+    def _run(
+        self,
+        model: nn.Module,
+        sites: list[Site],
+        tokens: Tensor,
+        valid: Tensor,
+        part: slice,
+        num_windows: int,
+        rows: dict[str, Tensor],
+    ) -> None:
         batch, length = tokens.shape
-        waiting = {site.key for site in self.sites}
+        waiting = {site.key for site in sites}
 
         def take(site: Site, x: Tensor) -> None:
             if site.key not in waiting:
@@ -119,10 +141,10 @@ class Harvester:
             if not waiting:
                 raise _LastHook
 
-        visits = {site: lambda x, site=site: take(site, x) for site in self.sites}
-        with torch.no_grad(), hooked(self.model, visits):
+        visits = {site: lambda x, site=site: take(site, x) for site in sites}
+        with torch.no_grad(), hooked(model, visits):
             try:
-                self.model(**inputs(self.model, tokens, valid))
+                model(**inputs(model, tokens, valid))
             except _LastHook:
                 return
         raise AssertionError(f"hooks {sorted(waiting)} did not run, although they did when they were checked")

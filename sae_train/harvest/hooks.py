@@ -2,7 +2,8 @@
 
 Three spellings name the same place: the short one (`resid_post.12`), TransformerLens's
 (`blocks.12.hook_resid_post`) and the path of a module (`model.layers.12`, with ":in" for its input).
-The first two give the short name as key, so rows, checkpoints and exports agree on it.
+The first two give the short name as key, so rows, checkpoints and exports agree on it. With "@other" after
+it, each names that place in the run's second model.
 
 Names are checked on a model without weights (`resolve_from_config`): a wrong one costs a second, not a
 download.
@@ -10,7 +11,7 @@ download.
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -29,6 +30,9 @@ TL_NAMES = {
 }
 """Site -> TransformerLens's name inside `blocks.L`, as exported SAEs carry it."""
 
+OTHER = "@other"
+"""What follows the name of a hook of the second model, `model.other`."""
+
 TL_SPELLINGS = {tl: site for site, tl in TL_NAMES.items()} | {
     "hook_out": "resid_post",
     "mlp.hook_out": "mlp_out",
@@ -42,33 +46,38 @@ class Site:
 
     Attributes:
         name: as the user wrote it.
-        key: the name under which its rows travel: "resid_post.12", "embed", or the module path.
+        key: the name under which its rows travel: "resid_post.12", "embed", or the module path; with "@other"
+            after it in the second model.
         path: the module, for `model.get_submodule`.
         side: "in" for the module's input, "out" for its output.
+        other: whether it is a place in the second model.
     """
 
     name: str
     key: str
     path: str
     side: str
+    other: bool = False
 
     @property
     def tl_name(self) -> str | None:
         """TransformerLens's name ("blocks.12.hook_resid_post"), or None for a plain module path."""
-        if self.key == "embed":
+        key = self.key.removesuffix(OTHER)
+        if key == "embed":
             return "hook_embed"
-        site, _, layer = self.key.rpartition(".")
+        site, _, layer = key.rpartition(".")
         return f"blocks.{layer}.{TL_NAMES[site]}" if site in TL_NAMES and layer.isdigit() else None
 
     @property
     def layer(self) -> int | None:
         """The layer of a short name (or the first number in a module path), None where there is none."""
-        number = re.search(r"\.(\d+)(\.|:|$)", self.key)
+        number = re.search(r"\.(\d+)(\.|:|$)", self.key.removesuffix(OTHER))
         return int(number[1]) if number else None
 
 
 def resolve(name: str, model: nn.Module) -> Site:
-    """The place that a name means in this model; weights are not looked at.
+    """The place that a name means in this model; weights are not looked at. A name that ends in "@other" is
+    one of the second model, which is then the one to give.
 
     Raises:
         InputError: no such site, layer or module (the message has the five nearest names), or a site that
@@ -76,6 +85,12 @@ def resolve(name: str, model: nn.Module) -> Site:
             model does not have (the message says why).
     """
     text = str(name).strip()
+    if is_other(text):
+        try:
+            site = resolve(text.removesuffix(OTHER), model)
+        except InputError as error:
+            raise InputError("hook", name, f"in model.other, {error.accepted}") from None
+        return replace(site, name=name, key=site.key + OTHER, other=True)
     family = family_of(model)
     if text in ("embed", "hook_embed"):
         return Site(name, "embed", _embedding_path(model), "out")
@@ -90,6 +105,11 @@ def resolve(name: str, model: nn.Module) -> Site:
     raise InputError(
         "hook", name, f"a hook of this model, such as {', '.join(_nearest(text, family, model))}"
     )
+
+
+def is_other(name: str) -> bool:
+    """Whether the name of a hook says that it is one of the second model."""
+    return name.strip().endswith(OTHER)
 
 
 def resolve_from_config(name: str, hf_config: Any) -> Site:

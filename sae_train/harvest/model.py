@@ -41,6 +41,11 @@ class ModelConfig:
     """Branch, tag or commit on the hub; it is resolved to a commit and recorded."""
     tokenizer: str | None = None
     """Hub id or folder of the tokenizer; null = the model's own."""
+    other: str | None = None
+    """Hub id or folder of a second model, read on the same tokens at hooks that end in @other, to compare the
+    two: hook=resid_post.12+resid_post.12@other with sae.kind=crosscoder."""
+    other_revision: str | None = None
+    """Branch, tag or commit of the second model on the hub; resolved and recorded as revision is."""
     gguf_file: str | None = None
     """Name of a GGUF file in the folder or repository; its weights are expanded to `dtype`."""
     dtype: str = "auto"
@@ -57,6 +62,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.name.startswith("~"):
             self.name = str(Path(self.name).expanduser())
+        if self.other is not None and self.other.startswith("~"):
+            self.other = str(Path(self.other).expanduser())
+        if self.other_revision is not None and self.other is None:
+            raise InputError("model.other_revision", self.other_revision, "null, or model.other with it")
         if self.dtype not in ("auto", *DTYPES):
             raise InputError("model.dtype", self.dtype, f"one of auto, {', '.join(DTYPES)}")
         if self.micro_batch is not None and self.micro_batch < 1:

@@ -12,15 +12,18 @@ Scores:
 
 An SAE reads the activations of the unchanged model, wherever it reads them; what it reconstructs is then put
 into a second forward, at every hook that it reconstructs at once. For an autoencoder of one hook this is what
-replacing its rows on the way would give, to the bit.
+replacing its rows on the way would give, to the bit. An SAE of two models reads both on the same tokens; each
+then runs with its own rows replaced, and has its own scores.
 
 Zero is far from anything the model has seen, so the first looks good for any SAE: always read the raw
 cross-entropies. KL is KL(clean || replaced) per counted prediction. All in nats.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,41 +115,68 @@ def splice_report(
     outputs: Sequence[Site],
     reconstruct: Replace,
     means: Sequence[Tensor],
+    other: nn.Module | None = None,
 ) -> dict[str, float]:
     """What replacing rows by their reconstruction costs, next to zero- and mean-ablation.
 
     Args:
-        model: a causal LM.
+        model: the model that sites without `other` are in.
         windows: [B, T] held-out tokens.
         mask: [B, T] bool, the ordinary positions.
         inputs, outputs: what the SAE reads and what it reconstructs.
         reconstruct: rows of all inputs side by side [n, d_in] -> rows of all outputs [n, d_out], the SAE.
         means: [D] mean of ordinary rows of each output, for mean-ablation.
+        other: the second model, which sites with `other` are in.
 
     Returns:
         ce_clean, ce_sae, ce_zero, ce_mean, kl_sae (nats per prediction), recovered_zero, recovered_mean (1 =
         nothing lost, 0 = no better than the ablation; NaN where the ablation costs nothing), tokens (number
-        of predictions).
+        of predictions). Of an SAE that reconstructs both models, the second's are under "other/". A model
+        that predicts nothing, or of which nothing is reconstructed, has no scores.
 
     Raises:
-        InputError: the model is not a causal LM, or no prediction can be counted.
+        InputError: no model of those reconstructed is a causal LM, or no prediction can be counted.
     """
-    _check_causal(model)
-    zero: dict[Site, Replace] = dict.fromkeys(outputs, torch.zeros_like)
-    to_mean = {site: _constant(mean) for site, mean in zip(outputs, means, strict=True)}
-    parts: dict[str, list[SpliceResult]] = {name: [] for name in ("clean", "sae", "zero", "mean")}
-    for part in _chunks(windows):
+    models = {False: model} if other is None else {False: model, True: other}
+    affected = list(dict.fromkeys(site.other for site in outputs))
+    scored = [of for of in affected if is_causal_lm(models[of])]
+    if not scored:
+        _check_causal(models[affected[0]])
+    ways: dict[str, dict[Site, Replace]] = {
+        "zero": dict.fromkeys(outputs, torch.zeros_like),
+        "mean": {site: _constant(mean) for site, mean in zip(outputs, means, strict=True)},
+    }
+    parts: dict[bool, dict[str, list[SpliceResult]]] = {of: defaultdict(list) for of in scored}
+    for part in _chunks(windows, len(scored)):
         stop.check()
         tokens, valid, chosen = windows.tokens[part], windows.valid[part], mask[part]
         read: dict[Site, Tensor] = {}
-        clean = logits(model, tokens, valid, chosen, {site: _keep(read, site) for site in inputs})
-        parts["clean"].append(score(clean, tokens, valid, chosen))
+        clean: dict[bool, Tensor] = {}
+        for of, one in models.items():
+            keep = {site: _keep(read, site) for site in inputs if site.other == of}
+            if of in scored:
+                clean[of] = logits(one, tokens, valid, chosen, keep)
+            elif keep:
+                _forward(one, tokens, valid, chosen, keep)
         made = reconstruct(torch.cat([read[site] for site in inputs], dim=-1))
         rows = made.split([len(mean) for mean in means], dim=-1)
-        sae = {site: _constant(part) for site, part in zip(outputs, rows, strict=True)}
-        for name, ways in (("sae", sae), ("zero", zero), ("mean", to_mean)):
-            changed = logits(model, tokens, valid, chosen, ways)
-            parts[name].append(score(changed, tokens, valid, chosen, clean if name == "sae" else None))
+        ways["sae"] = {site: _constant(new) for site, new in zip(outputs, rows, strict=True)}
+        for of in scored:
+            parts[of]["clean"].append(score(clean[of], tokens, valid, chosen))
+            for name in ("sae", "zero", "mean"):
+                own = {site: way for site, way in ways[name].items() if site.other == of}
+                replaced = logits(models[of], tokens, valid, chosen, own)
+                against = clean[of] if name == "sae" else None
+                parts[of][name].append(score(replaced, tokens, valid, chosen, against))
+    report: dict[str, float] = {}
+    for of in scored:
+        prefix = "other/" if of and len(affected) > 1 else ""
+        report |= {prefix + key: value for key, value in _scores(parts[of]).items()}
+    return report
+
+
+def _scores(parts: Mapping[str, Sequence[SpliceResult]]) -> dict[str, float]:
+    """The numbers of one model, from what each way of running it gave."""
     sums = {name: _together(results) for name, results in parts.items()}
     if not sums["clean"].num_tokens:
         raise InputError("eval", "held-out windows", "at least one ordinary token with a token after it")
@@ -182,6 +212,17 @@ def logits(
     replace: Mapping[Site, Replace] | None = None,
 ) -> Tensor:
     """[B, T, vocabulary] in the model's dtype, with sites replaced where mask [B, T] is True."""
+    return _forward(model, tokens, valid, mask, replace).logits
+
+
+def _forward(
+    model: nn.Module,
+    tokens: Tensor,
+    valid: Tensor,
+    mask: Tensor,
+    replace: Mapping[Site, Replace] | None,
+) -> Any:
+    """What the model gives, with sites replaced where the mask is True."""
 
     def visit(x: Tensor, way: Replace) -> Tensor:
         here = mask.to(x.device)
@@ -191,7 +232,7 @@ def logits(
 
     visits = {site: lambda x, way=way: visit(x, way) for site, way in (replace or {}).items()}
     with torch.no_grad(), hooked(model, visits):
-        return model(**inputs(model, tokens, valid)).logits
+        return model(**inputs(model, tokens, valid))
 
 
 def score(
@@ -199,8 +240,8 @@ def score(
 ) -> SpliceResult:
     """Sums over the predictions that count, from logits [B, T, V]; with `clean` also the KL from those."""
     device = logits.device
-    counted = (mask[:, :-1].cpu() & valid[:, :-1].cpu() & valid[:, 1:].cpu()).to(device)
-    window, position = counted.nonzero(as_tuple=True)
+    chosen = counted(mask, valid).to(device)
+    window, position = chosen.nonzero(as_tuple=True)
     target = tokens.to(device)[window, position + 1]
     nll = torch.zeros(len(tokens), dtype=torch.float64, device=device)
     kl_sum = torch.zeros_like(nll)
@@ -214,16 +255,25 @@ def score(
             q = clean[rows, columns].float()
             log_p, log_q = p - log_z[:, None], q - q.logsumexp(dim=-1, keepdim=True)
             kl_sum.index_add_(0, rows, (log_q.exp() * (log_q - log_p)).sum(dim=-1).double())
-    return SpliceResult(nll, counted.sum(dim=1), None if clean is None else kl_sum)
+    return SpliceResult(nll, chosen.sum(dim=1), None if clean is None else kl_sum)
 
 
-def _chunks(windows: Windows) -> list[slice]:
+def counted(mask: Tensor, valid: Tensor) -> Tensor:
+    """[B, T] bool on the CPU: positions whose prediction counts, from mask and valid [B, T]."""
+    mask, valid = mask.cpu(), valid.cpu()
+    out = torch.zeros_like(mask)
+    out[:, :-1] = mask[:, :-1] & valid[:, :-1] & valid[:, 1:]
+    return out
+
+
+def _chunks(windows: Windows, num_models: int = 1) -> list[slice]:
+    """Parts of the windows whose clean logits, of that many models, are held at once."""
     num_windows, length = windows.tokens.shape
-    step = max(1, FORWARD_TOKENS // length)
+    step = max(1, FORWARD_TOKENS // (length * num_models))
     return [slice(start, start + step) for start in range(0, num_windows, step)]
 
 
-def _together(parts: list[SpliceResult]) -> SpliceResult:
+def _together(parts: Sequence[SpliceResult]) -> SpliceResult:
     kl = [part.kl_sum for part in parts if part.kl_sum is not None]
     return SpliceResult(
         nll=torch.cat([part.nll for part in parts]),

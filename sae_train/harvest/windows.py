@@ -58,6 +58,9 @@ class Windows:
     index: Tensor
     """[B] int64: 0, 1, 2 ... over the whole stream, in the order of training."""
 
+    def __getitem__(self, part: slice) -> "Windows":
+        return Windows(self.tokens[part], self.valid[part], self.starts[part], self.index[part])
+
 
 def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
     """Raise InputError if the tokenizer can produce an id that the model has no embedding for."""

@@ -12,8 +12,8 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Self
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,10 @@ KINDS = {
 }
 
 
+UNSET: Any = "???"
+"""What OmegaConf takes for no value: one activation can take another's place only where none is yet."""
+
+
 @dataclass
 class SAEConfig:
     """What every architecture needs; `name` picks the class from the registry."""
@@ -48,7 +52,7 @@ class SAEConfig:
     """Number of latents F. Unset: expansion times the width of the activations."""
     expansion: float = 8.0
     """Latents per activation dimension when d_sae is not set."""
-    activation: ActivationConfig = field(default_factory=TopKConfig)
+    activation: ActivationConfig = UNSET
     b_dec_init: str = "geometric_median"
     """Where the decoder bias starts: geometric_median or mean of the first rows, or zeros."""
     input_scale: str = "sqrt_d"
@@ -62,6 +66,8 @@ class SAEConfig:
     """A latent is dead after this many tokens without firing (never more than a tenth of the run)."""
 
     def __post_init__(self) -> None:
+        if self.activation == UNSET:
+            self.activation = TopKConfig()
         if self.kind not in KINDS:
             raise InputError("sae.kind", self.kind, ", ".join(KINDS))
         if self.d_sae is not None and not 1 <= self.d_sae <= MAX_LATENTS:
@@ -96,7 +102,8 @@ class SAEConfig:
         }
         if not fits[self.kind]:
             other = next((kind for kind, fit in fits.items() if fit), self.kind)
-            raise InputError("sae.kind", self.kind, f"{other} with these hooks; it {KINDS[self.kind]}")
+            wanted = f"{other} with these hooks ({KINDS[other]}); {self.kind} {KINDS[self.kind]}"
+            raise InputError("sae.kind", self.kind, wanted)
 
 
 @dataclass(frozen=True)
@@ -105,14 +112,15 @@ class LinearLatents:
 
         z = the k largest of relu(x w_enc^T + b_enc) in each row      t y_hat = z w_dec + b_dec
 
-    with x the rows times `scale_in`, less b_dec if `centred`. Its loss is that of `losses`: the mean over
-    rows and width of (t y - t y_hat)^2 plus, while latents are dead, `dead_loss`. It has no other parameters.
+    with x the rows times `scale_in`, less `centre`. Its loss is that of `losses`: the mean over rows and
+    width of (t y - t y_hat)^2 plus, while latents are dead, `dead_loss`. It has no other parameters.
 
     Attributes:
-        w_enc: [F, d_in]. b_enc: [F]. w_dec: [F, d_out]. b_dec: [d_out].
+        w_enc: [F, D]. b_enc: [F]. w_dec: [F, D]. b_dec: [D]. Rows and targets have the same width D.
         k: slots per row.
-        scale_in, scale_out: s and t, what rows and targets are multiplied by; scalars or [d_in], [d_out].
-        centred: the encoder reads s x - b_dec.
+        scale_in, scale_out: s and t, what rows and targets are multiplied by; scalars or [D].
+        centre: [D] what the encoder takes from scaled rows.
+        centred: that is b_dec, which has a gradient through it; if not, `centre` is a constant.
         unit_norm: rows of w_dec are unit vectors; before_step and after_step do what that takes, no more.
         dead_loss: (residual [N, D], x [N, D], then the dead latents' rows of w_enc, b_enc and w_dec) ->
             weighted scalar; None if there is no such term.
@@ -125,6 +133,7 @@ class LinearLatents:
     k: int
     scale_in: Tensor
     scale_out: Tensor
+    centre: Tensor
     centred: bool
     unit_norm: bool
     dead_loss: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None
@@ -164,6 +173,10 @@ class SAE(nn.Module, ABC):
     @abstractmethod
     def decode(self, codes: Codes) -> Tensor:
         """Codes of N rows -> [N, d_out] reconstruction in the units of the raw activations."""
+
+    def magnitudes(self, active: Codes) -> Codes:
+        """What the activation makes of pre-activations -> codes: the same, unless values are set apart."""
+        return active
 
     def reconstruct(self, x: Tensor, codes: Codes) -> Tensor:
         """[N, d_out] from rows and their codes: what `decode` gives, and a skip connection adds."""

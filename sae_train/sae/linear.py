@@ -8,7 +8,8 @@ Decoder rows have unit norm (a crosscoder's over all hooks together): after each
 and before it the part of their gradient that only stretches them is removed, so that Adam's moments see the
 direction alone (Bricken et al. 2023, "Towards Monosemanticity", appendix). An encoder starts as the decoder's
 transpose (Gao et al. 2024, arXiv:2406.04093), which leaves few latents dead. A transcoder's decoder starts
-as what the target does on average where a latent is active, so that it does no harm from the first step.
+as what the target does on average where a latent is active, and its encoder is scaled by the one number
+with which that explains most, so that even the first step is better than none at all.
 
 c is the centre of a transcoder's rows, fixed; with `skip` it adds (s x - c) W_skip^T to its output (Paulo,
 Shabalin & Belrose 2025, arXiv:2501.18823). Transcoders: Dunefsky et al. 2024 (arXiv:2406.11944). Crosscoders:
@@ -29,6 +30,9 @@ from sae_train.losses import Losses, auxk, dead_reconstruction
 from sae_train.places import Widths
 from sae_train.sae.base import SAE, SAES, LinearLatents, SAEConfig, one_per_hook, per_column
 from sae_train.sae.init import geometric_median, mean_targets, unit_rows
+
+FIT_ROWS = 1024
+"""Rows on which a transcoder's encoder is scaled; enough for one number."""
 
 
 @dataclass
@@ -68,10 +72,11 @@ class LinearSAE(SAE):
 
     @property
     def code_scale(self) -> Tensor:
-        return (self.output_scale if self.transcodes else self.input_scale).mean()
+        scale = self.output_scale if self.transcodes else self.input_scale
+        return scale if scale.dim() == 0 else scale.log().mean().exp()  # the inverse scales give its inverse
 
     def encode(self, x: Tensor) -> Codes:
-        return self.activation.encode(self._read(x), self.w_enc, self.b_enc)
+        return self.magnitudes(self.activation.encode(self._read(x), self.w_enc, self.b_enc))
 
     def decode(self, codes: Codes) -> Tensor:
         return (codes.decode(self.w_dec) + self.b_dec) / self._scale_out()
@@ -79,32 +84,40 @@ class LinearSAE(SAE):
     def reconstruct(self, x: Tensor, codes: Codes) -> Tensor:
         if not self.config.skip:
             return self.decode(codes)
-        return self.decode(codes) + functional.linear(self._read(x), self.w_skip) / self._scale_out()
+        return (codes.decode(self.w_dec) + self._base(self._read(x))) / self._scale_out()
 
     def preactivations(self, x: Tensor, features: Tensor | slice = slice(None)) -> Tensor:
         return functional.linear(self._read(x), self.w_enc[features], self.b_enc[features])
 
     def losses(self, batch: Batch, dead: Tensor) -> Losses:
         x, y = self._read(batch.x), batch.y.float() * self._scale_out()
-        codes, terms = self._training_codes(x, y)
-        base = self.b_dec + functional.linear(x, self.w_skip) if self.config.skip else self.b_dec
-        y_hat = codes.decode(self.w_dec) + base
-        residual = y - y_hat
-        terms = {"mse": self._error(codes, base, y, residual), **terms}
-        for name, (weight, others) in self.activation.also_reconstruct(x, self.w_enc, self.b_enc).items():
-            terms[name] = weight * self._squared(y - others.decode(self.w_dec) - base)
-        terms |= self.activation.penalty(codes, self.decoder_norms())
+        target = y - self._base(x)
+        codes, terms = self._training_codes(x, target)
+        residual = target - codes.decode(self.w_dec)
+        terms = {"mse": self._error(codes, residual), **terms}
+        for name, (weight, active) in self.activation.also_reconstruct(x, self.w_enc, self.b_enc).items():
+            others = self.magnitudes(active)
+            terms[name] = weight * self._squared(target - others.decode(self.w_dec))
         if self.config.auxk_coefficient > 0 and len(dead) > 0:
             rows = (self.w_enc[dead], self.b_enc[dead], self.w_dec[dead])
             terms["auxk"] = self._dead_loss(residual, x, *rows)
-        return Losses(terms, codes, y_hat / self._scale_out())
+        return Losses(terms, codes, (y - residual) / self._scale_out())
 
-    def _training_codes(self, x: Tensor, y: Tensor) -> tuple[Codes, dict[str, Tensor]]:
-        """Codes of encoder inputs x for scaled targets y, and loss terms of the encoder's own."""
-        return self.activation.encode_training(x, self.w_enc, self.b_enc), {}
+    def _base(self, x: Tensor) -> Tensor:
+        """Encoder inputs x -> the scaled reconstruction without latents: [d_out]; with a skip [N, d_out]."""
+        return self.b_dec + functional.linear(x, self.w_skip) if self.config.skip else self.b_dec
 
-    def _error(self, codes: Codes, base: Tensor, y: Tensor, residual: Tensor) -> Tensor:
-        """The main loss; `residual` is y less the whole reconstruction, base what it is without latents."""
+    def _training_codes(self, x: Tensor, target: Tensor) -> tuple[Codes, dict[str, Tensor]]:
+        """Codes of encoder inputs x, and loss terms of the encoder's own.
+
+        Args:
+            x: [N, d_in]. target: [N, d_out] what the latents shall add up to.
+        """
+        codes = self.activation.encode_training(x, self.w_enc, self.b_enc)
+        return codes, self.activation.penalty(codes, self.decoder_norms())
+
+    def _error(self, codes: Codes, residual: Tensor) -> Tensor:
+        """The main loss; residual [N, d_out] is what is left of the target without all latents' share."""
         return self._squared(residual)
 
     def _squared(self, error: Tensor) -> Tensor:
@@ -126,7 +139,7 @@ class LinearSAE(SAE):
         # A subclass of either may compute something else.
         if type(self) is not LinearSAE or type(self.activation) is not TopK:
             return None
-        if self.activation.config.multi > 0 or self.transcodes:
+        if self.activation.config.multi > 0 or self.config.skip or self.d_in != self.d_out:
             return None
         return LinearLatents(
             w_enc=self.w_enc,
@@ -136,7 +149,8 @@ class LinearSAE(SAE):
             k=self.activation.k,
             scale_in=self._scale_in(),
             scale_out=self._scale_out(),
-            centred=True,
+            centre=self._centre(),
+            centred=not self.transcodes,
             unit_norm=True,
             dead_loss=self._dead_loss if self.config.auxk_coefficient > 0 else None,
         )
@@ -147,21 +161,33 @@ class LinearSAE(SAE):
         self.input_scale.copy_(scale)
         self.w_dec.copy_(unit_rows(self.d_sae, self.d_out, generator))
         self.b_enc.zero_()
-        if not self.transcodes:
-            self.b_dec.copy_(centre * self._scale_in())
-            self.w_enc.copy_(self.w_dec)
-        else:
+        if self.transcodes:
             assert targets is not None, "a transcoder starts from rows and their targets"
             self.centre.copy_(centre * self._scale_in())
-            centre, scale = self._centre_and_scale(targets, self.widths.outputs)
-            self.output_scale.copy_(scale)
-            self.b_dec.copy_(centre * self._scale_out())
             self.w_enc.copy_(unit_rows(self.d_sae, self.d_in, generator))
-            y = targets.float() * self._scale_out() - self.b_dec
-            found = mean_targets(self._read(rows), y, self.w_enc)
-            self.w_dec.copy_(torch.where(found.norm(dim=-1, keepdim=True) > 0, found, self.w_dec))
-            self.after_step()
+            self._fit(self._read(rows), targets)
+        else:
+            self.b_dec.copy_(centre * self._scale_in())
+            self.w_enc.copy_(self.w_dec)
         self.activation.initialise(self._read(rows), self.w_enc, self.b_enc)
+
+    def _fit(self, x: Tensor, targets: Tensor) -> None:
+        """Start a transcoder's decoder from encoder inputs x and raw targets, and scale its encoder to it."""
+        centre, scale = self._centre_and_scale(targets, self.widths.outputs)
+        self.output_scale.copy_(scale)
+        self.b_dec.copy_(centre * self._scale_out())
+        y = targets.float() * self._scale_out() - self.b_dec
+        found = mean_targets(x, y, self.w_enc)
+        self.w_dec.copy_(torch.where(found.norm(dim=-1, keepdim=True) > 0, found, self.w_dec))
+        self.after_step()
+        # Decoder rows are unit vectors, and many of them are alike at first, so that together they overshoot
+        # by far. How much is enough is a matter of least squares, of a few rows: they are in random order.
+        self.activation.initialise(x, self.w_enc, self.b_enc)
+        x, y = x[:FIT_ROWS], y[:FIT_ROWS]
+        made = self.activation.encode(x, self.w_enc, self.b_enc).decode(self.w_dec)
+        share = (made * y).double().sum() / made.double().square().sum()
+        self.w_enc.mul_(torch.where((share > 0) & torch.isfinite(share), share, 1.0))
+        self.b_enc.zero_()  # an activation may have moved it
 
     def _centre_and_scale(self, rows: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """[sum of widths] centre of raw rows, and the number that each hook's rows are multiplied by."""
@@ -217,4 +243,7 @@ class LinearSAE(SAE):
 
     def _read(self, rows: Tensor) -> Tensor:
         """Raw rows as the encoder takes them: scaled and centred."""
-        return rows.float() * self._scale_in() - (self.centre if self.transcodes else self.b_dec)
+        return rows.float() * self._scale_in() - self._centre()
+
+    def _centre(self) -> Tensor:
+        return self.centre if self.transcodes else self.b_dec

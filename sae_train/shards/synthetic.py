@@ -5,22 +5,26 @@
 The true features are unit vectors kept apart by at most `max_cosine`. They fire rarely and
 unequally (Zipf-Mandelbrot), in groups whose members fire together, with log-normal amplitudes of mean
 1: the properties of real activations that make recovery hard. With the defaults frequencies go from
-0.005 to 0.064 and the mean number of active features is 4; no SAE trainer we measured recovers the
-rarest third of them from a million rows.
+0.005 to 0.064 and the mean number of active features is 4; the rarest third are the last to be found.
+
+Rows, dictionary and true codes are pure functions of the configuration, so nothing is stored with the
+rows: `SyntheticRows.truth` makes the answer for any of them again.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sae_train.batch import RawRows
+from sae_train.codes import Codes
 from sae_train.errors import InputError
 from sae_train.seeds import stable_seed
-from sae_train.shards.shard import even_lanes
+from sae_train.shards.shard import ShardStream, even_lanes
 
 HOOK = "synthetic"
 HELDOUT = 2**40
@@ -131,6 +135,18 @@ def true_features(config: SyntheticConfig) -> Tensor:
     )
 
 
+@dataclass(frozen=True)
+class Truth:
+    """What synthetic rows are made of: what an SAE of them should find."""
+
+    features: Tensor
+    """[T, D] float32 unit rows, commonest first."""
+    frequencies: Tensor
+    """[T] float64: in what share of rows each fires, on average."""
+    codes: Codes
+    """Of R rows, in their order: which features are on (values above 0) and how strongly; d_sae is T."""
+
+
 class SyntheticRows:
     """A `RowProducer` of synthetic activations: the rows of shard s are a pure function of (seed, s).
 
@@ -202,7 +218,7 @@ class SyntheticRows:
         place = shard % self._shards
         first = place * self.shard_tokens
         count = min(self.shard_tokens, self._total - first)
-        rows, _ = self.make(place, count)
+        rows = torch.cat([x for x, _ in self._blocks(place, count)])
         return RawRows(
             index=shard,
             rows={HOOK: rows.to(self.device)},
@@ -219,8 +235,44 @@ class SyntheticRows:
         Returns:
             x [count, d] float32 and the true codes [count, features] float32 (0 where a feature is off).
         """
+        blocks = list(self._blocks(shard, count))
+        return torch.cat([x for x, _ in blocks]), torch.cat([code for _, code in blocks])
+
+    def truth(self, ids: Tensor) -> Truth:
+        """What the rows with these ids are made of.
+
+        Args:
+            ids: [R] int64 ids of rows of this split, in any order, as `RawRows` and `Shard` give them. All
+                shards up to the last one named are made again.
+        """
+        assert len(ids) and bool(((ids >= 0) & (ids < self._total)).all()), (ids, self._total)
+        values, indices = [], []
+        for place in range(int(ids.max()) // self.shard_tokens + 1):
+            count = min(self.shard_tokens, self._total - place * self.shard_tokens)
+            for _, code in self._blocks(place, count):
+                most = max(1, int((code > 0).sum(dim=1).max()))
+                value, index = code.topk(most, dim=1)
+                values.append(value)
+                indices.append(index.int())
+        slots = max(value.shape[1] for value in values)
+        # Rows were made in the order of their ids, so an id is a place; empty slots are zeros.
+        padded = [
+            torch.cat([functional.pad(part, (0, slots - part.shape[1])) for part in parts])[ids.cpu()]
+            for parts in (values, indices)
+        ]
+        return Truth(self.features, self.frequencies, Codes(padded[0], padded[1], self.config.features))
+
+    def truth_along(self, shards: ShardStream, rows: int) -> Truth:
+        """`truth` of the first rows, at most `rows`, of a stream of these shards, in the stream's order."""
+        ids: list[Tensor] = []
+        while sum(map(len, ids)) < rows and (shard := shards.next_shard()) is not None:
+            ids.append(shard.ids)
+        return self.truth(torch.cat(ids)[:rows])
+
+    def _blocks(self, shard: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """What `make` returns, at most BLOCK rows at a time."""
         generator = torch.Generator().manual_seed(stable_seed("rows", self.seed, self._first_index + shard))
-        config, rows, codes = self.config, [], []
+        config = self.config
         for first in range(0, count, BLOCK):
             # A block is drawn as for a full shard, then cut: a shorter last shard starts like a full one.
             drawn, n = min(BLOCK, self.shard_tokens - first), min(BLOCK, count - first)
@@ -232,6 +284,4 @@ class SyntheticRows:
             )
             noise = torch.randn(drawn, config.d, generator=generator)
             code = (amplitude * (fires & on[:, self._group]))[:n]
-            rows.append(code @ self.features + self.bias + config.noise * noise[:n])
-            codes.append(code)
-        return torch.cat(rows), torch.cat(codes)
+            yield code @ self.features + self.bias + config.noise * noise[:n], code

@@ -29,7 +29,7 @@ from sae_kernels import (
 )
 from torch import Tensor, nn
 
-from sae_train.batch import Batch
+from sae_train.batch import Batch, RowBatch
 from sae_train.codes import Codes
 from sae_train.losses import Losses
 from sae_train.sae.base import LinearLatents
@@ -85,6 +85,9 @@ class FusedStepper:
         self.autocast = autocast
         self._low: WeakKeyDictionary[Member, dict[str, _LowCopy]] = WeakKeyDictionary()
 
+    def take(self, member: Member, rows: RowBatch) -> Batch:
+        return member.batch(rows)
+
     def step(self, member: Member, batch: Batch) -> Step:
         form = member.sae.latents()
         assert form is not None, "cannot_fuse was not asked"
@@ -109,8 +112,7 @@ class FusedStepper:
         if form.centred and batch.x is batch.y:
             x = target
         else:
-            x = batch.x.float() * form.scale_in
-            x = (x - form.b_dec if form.centred else x).to(dtype)
+            x = (batch.x.float() * form.scale_in - form.centre).to(dtype)
         w_enc, w_dec = latents.w_enc.product(), latents.w_dec.product()
         values, indices = topk_encode(x, w_enc, form.b_enc.detach(), form.k)
         no_bias = torch.zeros_like(form.b_dec)

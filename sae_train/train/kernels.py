@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sae_train.errors import InputError
 from sae_train.registry import nearest
+from sae_train.train.end_to_end import EndToEndStepper, SplicedModel
 from sae_train.train.fused import FusedStepper, cannot_fuse
 from sae_train.train.members import Member
 from sae_train.train.optim import CHOICES
@@ -42,7 +43,12 @@ FUSED_OPS = ("decode_residual", "latent_step")
 
 
 def choose_stepper(
-    config: KernelsConfig, members: Sequence[Member], accumulate: int, autocast: torch.dtype | None
+    config: KernelsConfig,
+    members: Sequence[Member],
+    accumulate: int,
+    autocast: torch.dtype | None,
+    through: SplicedModel | None = None,
+    weight: float = 1.0,
 ) -> Stepper:
     """The stepper of a run, all of its members together; says in the log which one it is and why.
 
@@ -51,6 +57,7 @@ def choose_stepper(
         members: every member of the run, on the device that trains.
         accumulate: micro-batches per step.
         autocast: dtype of matrix products, or None for float32.
+        through: the language model to train through, with its loss of this `weight`; None trains on rows.
 
     Raises:
         InputError: the backend cannot run here, or fused steps are asked for, by name or by an option of
@@ -63,6 +70,8 @@ def choose_stepper(
     reasons = [why for member in members if (why := cannot_fuse(member, accumulate, autocast)) is not None]
     if (missing := _cannot_run(config.backend, FUSED_OPS, on_device)) is not None:
         reasons.append(missing)
+    if through is not None:
+        reasons = [f"train.loss={through.loss_name} goes through the language model"]
     if config.stepper == "fused" and reasons:
         raise InputError("kernels.stepper", config.stepper, f"auto or autograd: {reasons[0]}")
     if config.stepper == "autograd" or reasons:
@@ -72,6 +81,8 @@ def choose_stepper(
                 plain = f"{CHOICES[key][0]}, or fused steps, which cannot be had: {why}"
                 raise InputError(f"optim.{key}", getattr(optim, key), plain)
         logger.info("steps go through autograd: %s", why)
+        if through is not None:
+            return EndToEndStepper(through, weight, accumulate, autocast)
         return AutogradStepper(accumulate, autocast)
     asked = config.stepper == "fused"
     why = "kernels.stepper=fused" if asked else "every SAE is linear with top-k codes, under plain Adam"

@@ -13,8 +13,17 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from sae_train.batch import Batch, RowBatch
 from sae_train.places import Places, Widths
 from sae_train.sae.base import SAE, SAES, SAEConfig
+from sae_train.sae.io import load_sae
+from sae_train.sae.start import take_over
 from sae_train.stats import FeatureStats
-from sae_train.train.optim import OptimConfig, build_optimizer, build_schedule, load_optimizer
+from sae_train.train.optim import (
+    OptimConfig,
+    averages_weights,
+    build_optimizer,
+    build_schedule,
+    load_optimizer,
+    published_weights,
+)
 from sae_train.train.spikes import SpikeGuard
 
 DEAD_REFRESH_STEPS = 16
@@ -32,6 +41,7 @@ class MemberConfig:
     sae: SAEConfig
     optim: OptimConfig
     target: str | None = None
+    start: str | None = None
 
     @property
     def places(self) -> Places:
@@ -72,6 +82,8 @@ class Member:
         generator = torch.Generator().manual_seed(self.config.seed)
         x, y = self.places.batch(rows)
         self.sae.initialise(x, generator, y if self.places.targets else None)
+        if self.config.start is not None:
+            take_over(self.sae, load_sae(self.config.start, x.device), self.config.start)
         self.start_average()
 
     def start_average(self) -> None:
@@ -89,9 +101,10 @@ class Member:
 
     def trained(self) -> SAE:
         """The SAE to judge and to publish: the average of weights where one is kept."""
-        if self.average is None:
+        if self.average is None and not averages_weights(self.optimizer):
             return self.sae
-        sae = copy.deepcopy(self.average.module)
+        with published_weights(self.optimizer):
+            sae = copy.deepcopy(self.sae if self.average is None else self.average.module)
         assert isinstance(sae, SAE)
         for mine, own in zip(sae.buffers(), self.sae.buffers(), strict=True):
             mine.copy_(own)

@@ -1,14 +1,16 @@
 """One training step of one member. A step is a strategy; the one here works for all and is the truth."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from sae_train.batch import Batch
+from sae_train.batch import Batch, RowBatch
 from sae_train.losses import Losses
 from sae_train.train.members import Member
+from sae_train.train.optim import constrain, published_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,10 @@ class Step:
 class Stepper(Protocol):
     """Runs forward, backward and update for one member on one batch."""
 
-    def step(self, member: Member, batch: Batch) -> Step: ...
+    def take(self, member: Member, rows: RowBatch) -> Any:
+        """What `step` works on, out of the rows of all hooks."""
+
+    def step(self, member: Member, batch: Any) -> Step: ...
 
 
 class AutogradStepper:
@@ -42,15 +47,18 @@ class AutogradStepper:
         self.accumulate = accumulate
         self.autocast = autocast
 
-    def step(self, member: Member, batch: Batch) -> Step:
+    def take(self, member: Member, rows: RowBatch) -> Any:
+        return member.batch(rows)
+
+    def step(self, member: Member, batch: Any) -> Step:
         sae, optimizer = member.sae, member.optimizer
         assert member.config.optim.beyond_adam() is None, "choose_stepper was not asked"
         optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=batch.x.device)
-        for x, y in zip(batch.x.chunk(self.accumulate), batch.y.chunk(self.accumulate), strict=True):
-            with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-                losses = sae.losses(Batch(x, y), member.dead)
-            share = losses.total * (len(x) / len(batch.x))
+        total = torch.zeros((), device=sae.input_scale.device)
+        for part, context, weight in self._micro_batches(member, batch):
+            with torch.autocast(total.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+                losses = self._losses(member, part, context)
+            share = losses.total * weight
             share.backward()
             total += share.detach()
             member.stats.update(losses.codes)
@@ -62,18 +70,27 @@ class AutogradStepper:
         self._skip_when_not_finite(member, norm)
         count_skipped(member, norm)
         optimizer.step()
-        sae.after_step(skipped=~torch.isfinite(norm))
+        constrain(sae, optimizer, skipped=~torch.isfinite(norm))
         member.schedule.step()
         if member.average is not None:
-            member.average.update_parameters(sae)
-        return Step(losses, Batch(x, y), norm)
+            with published_weights(optimizer):
+                member.average.update_parameters(sae)
+        return Step(losses, part, norm)
+
+    def _micro_batches(self, member: Member, batch: Any) -> Iterator[tuple[Batch, Any, float]]:
+        """Parts of what `take` gave: rows, what else their loss needs, and their share of the step."""
+        for x, y in zip(batch.x.chunk(self.accumulate), batch.y.chunk(self.accumulate), strict=True):
+            yield Batch(x, y), None, len(x) / len(batch.x)
+
+    def _losses(self, member: Member, batch: Batch, context: Any) -> Losses:
+        return member.sae.losses(batch, member.dead)
 
     @staticmethod
     def _skip_when_not_finite(member: Member, norm: Tensor) -> None:
-        """Tell fused Adam to leave weights and moments alone if the gradient is not finite.
+        """Tell the optimizer to leave weights and moments alone if the gradient is not finite.
 
-        `found_inf` is the device-side switch that GradScaler uses; reading it on the host, which
-        would stall the device at every step, is never needed.
+        `found_inf` is the device-side switch of fused Adam, which GradScaler uses; reading it on the
+        host would stall the device at every step. Optimizers without one do (`optimizers/base.py`).
         """
         member.optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
         member.optimizer.grad_scale = None  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ import torch
 from sae_kernels import fallbacks
 
 from sae_train import stop
+from sae_train.batch import RowBatch
 from sae_train.errors import InputError, NumericsError, StoppedEarly
 from sae_train.log import MetricLog
 from sae_train.losses import fvu
@@ -48,6 +49,11 @@ class TrainConfig:
     spike_window ones; 0 is off."""
     spike_window: int = 128
     """Losses that a spike is told by; the first ones of a run never are one."""
+    loss: str = "rows"
+    """rows minimises the error of rows; kl and ce train through the language model, with its loss when
+    the SAE stands in its place beside that of rows. Slow: for the end of a training (see `start`)."""
+    loss_weight: float = 1.0
+    """Weight of the language model's loss, which is first made as large as the rows' error."""
     ema: float = 0.0
     """Decay of an average of weights that is evaluated and published instead of the last ones; 0 is off."""
 
@@ -69,6 +75,10 @@ class TrainConfig:
             raise InputError("train.spike_sds", self.spike_sds, "a number of at least 0 (0 is off)")
         if self.spike_window < 2:
             raise InputError("train.spike_window", self.spike_window, "a whole number of at least 2")
+        if self.loss not in ("rows", "kl", "ce"):
+            raise InputError("train.loss", self.loss, "rows, kl or ce")
+        if not 0 <= self.loss_weight < math.inf:
+            raise InputError("train.loss_weight", self.loss_weight, "a number of at least 0")
         if not 0 <= self.ema < 1:
             raise InputError("train.ema", self.ema, "a number in [0, 1)")
 
@@ -153,7 +163,7 @@ class Trainer:
                 self._end_of_data(state, steps)
                 return
             with self.clock.phase("SAE step"):
-                done = [self._step(member, member.batch(rows), state.step) for member in state.members]
+                done = [self._step(member, rows, state.step) for member in state.members]
                 state.ledger.add(rows.ids)
             state.step += 1
             state.tokens += len(rows.ids)
@@ -184,9 +194,9 @@ class Trainer:
             "with more passes (corpus.epochs or source.epochs) or corpus.allow_short=true it goes on",
         )
 
-    def _step(self, member: Member, batch: Any, step: int) -> Step:
+    def _step(self, member: Member, rows: RowBatch, step: int) -> Step:
         member.begin_step(step)
-        return self.stepper.step(member, batch)
+        return self.stepper.step(member, self.stepper.take(member, rows))
 
     @torch.no_grad()
     def _observe(self, state: TrainState, done: list[Step]) -> None:

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from sae_train.activations.base import ACTIVATIONS
 from sae_train.activations.topk import TopK, TopKConfig
-from sae_train.batch import Batch
+from sae_train.batch import Batch, RowBatch
 from sae_train.errors import InputError
 from sae_train.losses import Losses
+from sae_train.places import Widths
 from sae_train.sae.linear import LinearConfig, LinearSAE
 from sae_train.train import fused
 from sae_train.train.fused import FusedStepper, cannot_fuse
@@ -54,13 +55,27 @@ def rows(seed: int) -> Tensor:
     return (3 * (strengths @ directions) + 3 + 0.05 * torch.randn(N, D, generator=draw)).to(DEVICE)
 
 
-def make_member(ema: float = 0.0, **optim) -> Member:
-    sae = LinearConfig(d_sae=F, activation=TopKConfig(k=K), dead_after_tokens=4 * N)
-    config = MemberConfig("main", "h", 0, sae, OptimConfig(**{"lr": LR} | optim))
-    member = Member(config, D, STEPS, STEPS * N * 100, ema, DEVICE)
-    member.initialise({"h": rows(0)})
+def of_hooks(seed: int) -> RowBatch:
+    """`rows` as hook h; its parts with scales of their own as f and g; what a layer might make of it as t."""
+    x = rows(seed)
+    layer = torch.randn(D, D, generator=torch.Generator().manual_seed(98)).to(DEVICE)
+    hooks = {"h": x, "f": x[:, :7], "g": 30 * x[:, 7:], "t": 5 * torch.relu(x @ layer) - 2}
+    return RowBatch(hooks, torch.arange(N))
+
+
+HOOKS = {"autoencoder": ("h", None), "crosscoder": ("f+g", None), "transcoder": ("h", "t")}
+
+
+def make_member(ema: float = 0.0, kind: str = "autoencoder", **optim) -> Member:
+    sae = LinearConfig(kind=kind, d_sae=F, activation=TopKConfig(k=K), dead_after_tokens=4 * N)
+    hook, target = HOOKS[kind]
+    config = MemberConfig("main", hook, 0, sae, OptimConfig(**{"lr": LR} | optim), target)
+    start = of_hooks(0).rows
+    widths = config.places.widths({name: x.shape[1] for name, x in start.items()})
+    member = Member(config, widths, STEPS, STEPS * N * 100, ema, DEVICE)
+    member.initialise(start)
     with torch.no_grad():
-        member.sae.b_enc[::7] = -3
+        member.sae.b_enc[::7] = -3 * member.sae.w_enc.norm(dim=-1).mean()
     if member.average is not None:
         member.start_average()
     return member
@@ -70,8 +85,7 @@ def train(member: Member, stepper: Stepper, first: int, last: int) -> list[Step]
     done = []
     for step in range(first, last):
         member.begin_step(step)
-        x = rows(1 + step)
-        done.append(stepper.step(member, Batch(x, x)))
+        done.append(stepper.step(member, member.batch(of_hooks(1 + step))))
     return done
 
 
@@ -118,7 +132,13 @@ def assert_close(one: Member, two: Member, drift: float = DRIFT) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"clip": None, "warmup": 0.0, "decay": 0.0}, {"ema": 0.9, "clip": 0.3}, {"beta1": 0.0, "eps": 1e-6}],
+    [
+        {"clip": None, "warmup": 0.0, "decay": 0.0},
+        {"ema": 0.9, "clip": 0.3},
+        {"beta1": 0.0, "eps": 1e-6},
+        {"kind": "crosscoder", "clip": 0.3},
+        {"kind": "transcoder", "clip": 0.3},
+    ],
 )
 def test_fused_steps_equal_those_of_autograd(options):
     one, two = make_member(**options), make_member(**options)
@@ -139,12 +159,13 @@ def test_fused_steps_equal_those_of_autograd(options):
     assert one.schedule.state_dict() == two.schedule.state_dict()
 
 
-def test_the_first_gradients_equal_those_of_autograd_to_rounding():
+@pytest.mark.parametrize("kind", HOOKS)
+def test_the_first_gradients_equal_those_of_autograd_to_rounding(kind):
     # Adam's first moment after one step is a tenth of the gradient: no drift between, so a tight bound.
-    one, two = make_member(clip=0.3), make_member(clip=0.3)
+    one, two = make_member(clip=0.3, kind=kind), make_member(clip=0.3, kind=kind)
     for member in (one, two):
         member.dead = torch.arange(0, F, 7, device=DEVICE)
-    batch = Batch(rows(1), rows(2))  # a target that is not the input
+    batch = Batch(one.batch(of_hooks(1)).x, one.batch(of_hooks(2)).y)  # a target that is not the input
     AutogradStepper().step(one, batch)
     FusedStepper().step(two, batch)
     for a, b in zip(one.sae.parameters(), two.sae.parameters(), strict=True):
@@ -294,6 +315,19 @@ def with_other_optimizer(**options) -> Member:
     return member
 
 
+def with_other_widths() -> Member:
+    member = make_member(kind="transcoder")
+    member.sae = LinearSAE(member.config.sae, Widths((D,), (D + 1,))).to(DEVICE)
+    return member
+
+
+def with_skip() -> Member:
+    member = make_member(kind="transcoder")
+    member.config.sae.skip = True
+    member.sae = LinearSAE(member.config.sae, member.sae.widths).to(DEVICE)
+    return member
+
+
 def with_frozen_bias() -> Member:
     member = make_member()
     member.sae.b_enc.requires_grad_(False)
@@ -306,6 +340,8 @@ def with_frozen_bias() -> Member:
         (make_member, 4, "train.accumulate is 4"),
         (without_closed_form, 1, "main is not a linear SAE"),
         (with_other_loss, 1, "main is not a linear SAE"),
+        (with_other_widths, 1, "main is not a linear SAE"),
+        (with_skip, 1, "main is not a linear SAE"),
         (lambda: with_other_optimizer(weight_decay=0.1), 1, "decays weights"),
         (lambda: with_other_optimizer(amsgrad=True), 1, "keeps maxima"),
         (with_frozen_bias, 1, "other parameters"),

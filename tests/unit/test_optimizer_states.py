@@ -73,7 +73,7 @@ def make_member(d_sae: int = F, **optim: Any) -> Member:
 def train(member: Member, stepper: Stepper, first: int, last: int, n: int = N) -> list[Step]:
     done = []
     for step in range(first, last):
-        member.refresh_dead(step)
+        member.begin_step(step)
         x = rows(1 + step)[:n]
         done.append(stepper.step(member, Batch(x, x)))
     return done

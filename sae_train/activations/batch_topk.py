@@ -1,0 +1,107 @@
+"""BatchTopK: a batch keeps its k N largest positive pre-activations, so that its rows share a budget.
+
+Source: Bussmann, Leask & Nanda 2024 (arXiv:2412.06410). A row with much in it gets more latents, one with
+little gets fewer, and k is only their mean.
+
+The codes of a row must not depend on the rows beside it once the SAE is used: then it keeps what is above one
+threshold, the mean over the latest batches of the smallest pre-activation that a batch kept. That is an
+exponential average, freed of the bias of its start, learned in `encode_training` and published:
+
+    weight <- d weight + (1 - d)        threshold <- threshold + (1 - d) / weight (smallest kept - threshold)
+"""
+
+from dataclasses import dataclass
+
+import torch
+from sae_kernels import batch_topk_encode, threshold_encode
+from torch import Tensor
+
+from sae_train.activations.base import ACTIVATIONS, Activation, ActivationConfig
+from sae_train.activations.rectangle import rectangle
+from sae_train.activations.topk import annealed
+from sae_train.codes import Codes
+from sae_train.errors import InputError
+
+
+@dataclass
+class BatchTopKConfig(ActivationConfig):
+    """Keeps the N * k largest activations of the batch, so tokens share the budget."""
+
+    name: str = "batch_topk"
+    k: int = 32
+    """Mean number of latents active on a token; as that of top-k."""
+    k_start: int | None = None
+    """k of the first step, from which it falls linearly to k. Unset: k."""
+    k_steps: float = 0.2
+    """Share of the run over which it falls."""
+    threshold_decay: float = 0.95
+    """Of the threshold's average, per batch; 0 takes the last batch alone. The smallest of thousands that a
+    batch keeps is known well, so a long memory lags more than it averages."""
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise InputError("sae.activation.k", self.k, "a whole number of at least 1")
+        if self.k_start is not None and self.k_start < self.k:
+            raise InputError("sae.activation.k_start", self.k_start, f"null, or at least k={self.k}")
+        if not 0 < self.k_steps <= 1:
+            raise InputError(
+                "sae.activation.k_steps", self.k_steps, "a share of the run, above 0 and at most 1"
+            )
+        if not 0 <= self.threshold_decay < 1:
+            raise InputError(
+                "sae.activation.threshold_decay", self.threshold_decay, "a number from 0 to below 1"
+            )
+
+
+@ACTIVATIONS.register("batch_topk", BatchTopKConfig)
+class BatchTopK(Activation):
+    """The largest of a batch while training, what is above a threshold afterwards.
+
+    Attributes:
+        threshold: scalar buffer, in the units of pre-activations; 0 (all that is positive) before training.
+        threshold_weight: scalar buffer, the share of the average that comes from batches: 0 to 1.
+    """
+
+    config: BatchTopKConfig
+    threshold: Tensor
+    threshold_weight: Tensor
+
+    def __init__(self, config: BatchTopKConfig, d_sae: int) -> None:
+        for key, k in (("k", config.k), ("k_start", config.k_start or 1)):
+            if k > d_sae:
+                raise InputError(f"sae.activation.{key}", k, f"at most the number of latents, d_sae={d_sae}")
+        super().__init__(config, d_sae)
+        self.k = config.k
+        """Of the step that `begin_step` announced."""
+        self.register_buffer("threshold", torch.zeros(()))
+        self.register_buffer("threshold_weight", torch.zeros(()))
+
+    def begin_step(self, step: int, steps: int) -> None:
+        self.k = annealed(self.config.k_start, self.config.k, step / (self.config.k_steps * steps))
+
+    def encode(self, x: Tensor, w: Tensor, b: Tensor) -> Codes:
+        return rectangle(*threshold_encode(x, w, b, self.threshold), self.d_sae)
+
+    def encode_training(self, x: Tensor, w: Tensor, b: Tensor) -> Codes:
+        values, indices, offsets = batch_topk_encode(x, w, b, self.k)
+        self._learn(values.detach())
+        return rectangle(values, indices, offsets, self.d_sae)
+
+    def forward(self, pre: Tensor) -> Codes:
+        return Codes(torch.where(pre > self.threshold, torch.relu(pre), 0), None, self.d_sae)
+
+    @torch.no_grad()
+    def _learn(self, kept: Tensor) -> None:
+        """Take the smallest of what a batch kept into the threshold. Zeros are empty slots; a batch of
+        nothing else, or with a value that is not finite, teaches nothing."""
+        smallest = torch.where(kept > 0, kept, torch.inf).amin()
+        good = torch.isfinite(smallest) & torch.isfinite(kept.amax())
+        share = 1 - self.config.threshold_decay
+        weight = self.threshold_weight + share * (1 - self.threshold_weight)
+        moved = self.threshold + share / weight * (smallest - self.threshold)
+        self.threshold.copy_(torch.where(good, moved, self.threshold))
+        self.threshold_weight.copy_(torch.where(good, weight, self.threshold_weight))
+
+    @torch.no_grad()
+    def fold_(self, scale: Tensor) -> None:
+        self.threshold.div_(scale)

@@ -1,0 +1,56 @@
+"""Go on from a published SAE: its weights in the units of the rows at hand.
+
+A published SAE takes raw activations; training works in scaled units (`sae.base`). Folding with the inverse
+scales is the way back, so no architecture has to say how.
+"""
+
+import torch
+
+from sae_train.errors import InputError
+from sae_train.sae.base import SAE, per_column
+
+FRAME = ("input_scale", "output_scale", "centre")
+"""Buffers that say in which units an SAE trains."""
+
+
+@torch.no_grad()
+def take_over(sae: SAE, published: SAE, path: str) -> None:
+    """Give an initialised SAE the weights of a published one; its own scales and centre stay.
+
+    Args:
+        sae: initialised with real rows. Afterwards sae.folded() computes what `published` does; of several
+            hooks whose scales differ from those it was trained with, nearly so.
+        published: of the same architecture, activation and shapes.
+        path: where it is from, for messages.
+
+    Raises:
+        InputError: it is another kind of SAE.
+    """
+    kinds = [(one.config.name, one.config.kind, one.config.activation.name) for one in (published, sae)]
+    if kinds[0] != kinds[1]:
+        raise InputError("start", path, f"an SAE of the kind that is trained, {kinds[1]}, not {kinds[0]}")
+    weights, own = published.state_dict(), sae.state_dict()
+    for name in sorted(weights.keys() ^ own.keys()):
+        raise InputError("start", path, f"an SAE with the same options; only one of the two has {name}")
+    for name, tensor in weights.items():
+        if tensor.shape != own[name].shape:
+            shape = list(own[name].shape)
+            raise InputError("start", path, f"{name} of shape {shape}, not {list(tensor.shape)}")
+    frame = {name: own[name].clone() for name in FRAME if name in own}
+    sae.load_state_dict(weights)
+    here = sae.state_dict()  # the tensors themselves
+    for name in frame.keys() & {"input_scale", "output_scale"}:
+        here[name].copy_(1 / frame[name])
+    if "centre" in frame:
+        here["centre"].copy_(-frame["centre"] / per_column(frame["input_scale"], sae.widths.inputs))
+    sae.fold_()
+    for name, tensor in frame.items():
+        here[name].copy_(tensor)
+    # Rows of several hooks are unit vectors together only in the scales they were trained in. What these
+    # rows' scales make of their lengths goes to the encoder; a threshold or a top-k sees it, a relu does not.
+    norm = here["w_dec"].norm(dim=-1)
+    here["w_dec"].div_(norm[:, None])
+    here["w_enc"].mul_(norm[:, None])
+    here["b_enc"].mul_(norm)
+    if "b_mag" in here:  # of a gated SAE's magnitudes
+        here["b_mag"].mul_(norm)
