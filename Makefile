@@ -44,6 +44,10 @@ PEER_PYTHONS = $(shell for p in $(PEERS); do \
   test -e $(BENCH)/$$p/.installed-$(PEER_KEY) && echo $$p=$(BENCH)/$$p/bin/python; done)
 PEER_PIP = $(BENCH)/$*/bin/python -m pip --disable-pip-version-check
 
+# In a folder of its own, which only its tests look into: where transformers finds torchao it imports it, which
+# costs every process that loads a model two seconds.
+TORCHAO = $(PIP_INSTALL) --constraint constraints.txt --no-deps --upgrade --target $(VENV)/optional torchao
+
 .DELETE_ON_ERROR:
 .PHONY: help demo test chaos lint compile-gate test-gpu bench-gpu bench-cpu venv clean
 
@@ -94,6 +98,7 @@ $(BIN)/python:
 $(READY)-gguf $(READY)-test $(READY)-dev: $(READY)-%: | $(BIN)/python
 	@echo '== Installing sae-train[$*] and the tested versions of what it needs (the first time: a few minutes)'
 	@$(PIP_INSTALL) --constraint constraints.txt --editable '.[$*]'
+	@$(if $(filter test dev,$*),$(TORCHAO))
 	@touch $@
 
 $(READY)-demo: $(READY)-gguf

@@ -28,6 +28,8 @@ CALM = 0.1
 """Last share of a run, over which gains fall to CALMEST of theirs: so that L0 in the end is not that of a few
 batches. The learning rate is small by then, and there is little left to follow."""
 CALMEST = 0.1
+LATE = 0.2
+"""Last share of a run, in which weights follow a penalty less and less."""
 
 
 @dataclass
@@ -59,6 +61,7 @@ class L0Control(nn.Module):
         size: scalar float32 buffer.
         warm: factor of the penalty in this step, 1 after warm-up; a function of (step, steps) alone.
         calm: factor of every gain, likewise; falls at the end of a run.
+        late: whether the learning rate, by default, is falling.
         error: e of the latest batch, 0 without a target; not part of the state.
     """
 
@@ -78,13 +81,16 @@ class L0Control(nn.Module):
         self.register_buffer("size", torch.tensor(float(config.coefficient)))
         self.warm = 1.0
         self.calm = 1.0
+        self.late = False
         self.error: Tensor | float = 0.0
         self._due = True
 
     def begin_step(self, step: int, steps: int) -> None:
         warmup = self.config.warmup * steps
         self.warm = min(1.0, step / warmup) if warmup > 0 else 1.0
-        self.calm = min(1.0, max(CALMEST, (steps - step) / (CALM * steps)))
+        left = 1 - step / steps
+        self.calm = min(1.0, max(CALMEST, left / CALM))
+        self.late = left <= LATE
         self._due = True
 
     @torch.no_grad()

@@ -207,6 +207,7 @@ def _train(
             log_every=config.logger.every,
             eval_every=eval_every,
             save_every=config.checkpoint.every,
+            resample_every=config.train.resample_every,
             allow_short=config.corpus.allow_short,
         )
         progress.phase("training")

@@ -22,6 +22,7 @@ from sae_train.ranks import any_rank
 from sae_train.train.clock import Clock
 from sae_train.train.members import Member
 from sae_train.train.progress import Progress
+from sae_train.train.resample import resample_member
 from sae_train.train.saver import Saver
 from sae_train.train.state import TrainState
 from sae_train.train.stepper import Step, Stepper
@@ -49,6 +50,9 @@ class TrainConfig:
     spike_window ones; 0 is off."""
     spike_window: int = 128
     """Losses that a spike is told by; the first ones of a run never are one."""
+    resample_every: int = 0
+    """Steps between times at which dead latents start anew from badly reconstructed rows; 0 is never. An
+    alternative to AuxK (sae.auxk_coefficient=0)."""
     loss: str = "rows"
     """rows minimises the error of rows; kl and ce train through the language model, with its loss when
     the SAE stands in its place beside that of rows. Slow: for the end of a training (see `start`)."""
@@ -75,6 +79,8 @@ class TrainConfig:
             raise InputError("train.spike_sds", self.spike_sds, "a number of at least 0 (0 is off)")
         if self.spike_window < 2:
             raise InputError("train.spike_window", self.spike_window, "a whole number of at least 2")
+        if self.resample_every < 0:
+            raise InputError("train.resample_every", self.resample_every, "a number of steps, or 0 for never")
         if self.loss not in ("rows", "kl", "ce"):
             raise InputError("train.loss", self.loss, "rows, kl or ce")
         if not 0 <= self.loss_weight < math.inf:
@@ -115,6 +121,8 @@ class Trainer:
     process: psutil.Process = field(default_factory=psutil.Process)
     fallbacks_seen: dict[str, int] = field(default_factory=fallbacks)
     """Of the kernels, in this process, at the last log line; the next one shows what came since."""
+    resample_every: int = 0
+    """Steps; 0 is never."""
     allow_short: bool = False
     """End well, with a warning, when the data ends before the last step."""
 
@@ -196,7 +204,10 @@ class Trainer:
 
     def _step(self, member: Member, rows: RowBatch, step: int) -> Step:
         member.begin_step(step)
-        return self.stepper.step(member, self.stepper.take(member, rows))
+        done = self.stepper.step(member, self.stepper.take(member, rows))
+        if self.resample_every and (step + 1) % self.resample_every == 0:
+            resample_member(member, done, step)
+        return done
 
     @torch.no_grad()
     def _observe(self, state: TrainState, done: list[Step]) -> None:

@@ -115,3 +115,21 @@ def test_an_encoder_has_no_loss_to_train_through(tiny, tiny_model_dir, tmp_path,
     args = [f"model.name={tiny_model_dir('bert')}", *tiny[1:], "train.loss=ce"]
     assert main(["train", *args, f"run.dir={tmp_path / 'run'}"]) == 2
     assert "one causal language model" in capsys.readouterr().err
+
+
+def test_dead_latents_are_resampled_when_asked_and_the_run_still_resumes(tiny, tmp_path, monkeypatch):
+    options = ["sae.auxk_coefficient=0", "sae.dead_after_tokens=64", "sae.d_sae=256", "sae.activation.k=1"]
+    options += ["train.tokens=2560", "eval.ce_tokens=0"]
+    for every in (0, 8):
+        run = tmp_path / f"every{every}"
+        args = ["train", *tiny, *options, f"train.resample_every={every}", f"run.dir={run}"]
+        if every:
+            with monkeypatch.context() as patch:
+                stop_before(patch, 12)
+                assert main(args) == 75
+        assert main(args) == 0
+    assert main(["train", *tiny, *options, "train.resample_every=8", f"run.dir={tmp_path / 'whole'}"]) == 0
+    whole, run = (load_sae(tmp_path / name / "saes" / "main").state_dict() for name in ("whole", "every8"))
+    assert all(torch.equal(whole[key], run[key]) for key in whole)
+    none = load_sae(tmp_path / "every0" / "saes" / "main").state_dict()
+    assert not torch.equal(whole["w_dec"], none["w_dec"]), "nothing was dead"

@@ -36,6 +36,12 @@ others = pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name !=
 
 
 @pytest.fixture(autouse=True)
+def optional_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `make test` installs beside the environment: see the Makefile."""
+    monkeypatch.syspath_prepend(str(Path(sys.prefix) / "optional"))
+
+
+@pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """A second one only costs time in tensors this small."""
     before = torch.get_num_threads()

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +35,12 @@ CPU = torch.device("cpu")
 DEAD = torch.tensor([3, 50, 51, 200, 255])
 OPTIONS: dict[str, dict[str, Any]] = {"schedule_free": {"decay": 0}, "adam8bit": {"eps": 1e-7}}
 each_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+
+
+@pytest.fixture(autouse=True)
+def optional_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `make test` installs beside the environment: see the Makefile."""
+    monkeypatch.syspath_prepend(str(Path(sys.prefix) / "optional"))
 
 
 @pytest.fixture(autouse=True)
