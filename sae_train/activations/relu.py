@@ -108,4 +108,5 @@ class ReLU(Activation):
             values, _, _ = batch_topk_encode(x, w, b, start_k(self.config.target_l0, self.d_sae))
             least = values.amin()
             b.sub_(least)
-            self.control.begin(least, least)
+            # With fewer positive pre-activations than wanted there is no size to be had from them.
+            self.control.begin(least, torch.where(least > 0, least, self.config.coefficient))

@@ -263,6 +263,7 @@ def check(config: Config) -> None:
 def check_widths(wanted: list[MemberConfig], dims: Mapping[str, int]) -> None:
     """Build every member without memory: what does not fit its hook's width says so before weights load."""
     for member in wanted:
+        member.optim.check_library()
         only = next(iter(dims.values()))  # what `auto` means
         widths = member.places.widths({hook: dims.get(hook, only) for hook in member.places.hooks})
         with torch.device("meta"):

@@ -189,11 +189,12 @@ def test_a_limit_on_the_size_of_files_ends_the_run_like_a_full_disk(zygote, refe
     assert differences(final_state(run), final_state(reference)) == []
 
 
+@pytest.mark.timeout(400)  # two whole processes, on a machine that may do much else
 def test_messages_that_nobody_can_write_down_do_not_end_a_run(tiny, tmp_path):
     command = [sys.executable, "-m", "sae_train", "train", *tiny, "train.tokens=320"]
     with open("/dev/full", "w") as full:  # as a log on a disk without room
-        done = subprocess.run([*command, f"run.dir={tmp_path / 'run'}"], stderr=full, timeout=120)
-        wrong = subprocess.run([*command, "hook=nowhere.1"], stderr=full, timeout=120)
+        done = subprocess.run([*command, f"run.dir={tmp_path / 'run'}"], stderr=full, timeout=180)
+        wrong = subprocess.run([*command, "hook=nowhere.1"], stderr=full, timeout=180)
     assert (done.returncode, wrong.returncode) == (0, 2)
     assert (tmp_path / "run" / "report.html").exists()
 

@@ -180,8 +180,10 @@ def test_every_architecture_and_activation_resumes_exactly(zygote, sae, activati
         ["optim.clip_norm=lagged", "optim.moments=bfloat16", "optim.rows=active", "optim.beta1=0"],
         ["saes={a: {}, b: {seed: 7, optim: {lr: 0.01}, sae: {activation: {k: 3}}}}"],
         ["train.accumulate=2", "sae.b_dec_init=mean", "sae.input_scale=none"],
+        ["saes={a: {optim: {name: muon}}, b: {optim: {name: schedule_free, decay: 0}}}"],
+        ["train.resample_every=5", "sae.auxk_coefficient=0"],
     ],
-    ids=["approximate Adam", "two members", "micro-batches"],
+    ids=["approximate Adam", "two members", "micro-batches", "other optimizers", "resampling"],
 )
 def test_every_way_to_train_resumes_exactly(zygote, options, tmp_path):
     interrupted_twice(zygote, tmp_path, [*SYNTHETIC, *DYING, *SHORT, *options], options[0])

@@ -130,6 +130,15 @@ def test_the_loop_answers_at_once_and_remembers_more_slowly_once_a_step():
     assert float(fixed.control.coefficient) == COEFFICIENT
 
 
+def test_the_loop_starts_even_where_fewer_latents_are_positive_than_wanted():
+    activation, x, (w, b) = build(target_l0=20.0), rows(7), weights()
+    activation.initialise(x, w, b - 1)
+    assert float(activation.control.coefficient) == 0
+    activation.begin_step(0, 10)
+    activation.encode_training(x, w, b + 3)
+    assert float(activation.control.coefficient) > 0
+
+
 @pytest.mark.parametrize("p_end", [0.0, 1.5, float("nan")])
 def test_a_p_that_is_no_share_is_refused(p_end):
     with pytest.raises(InputError, match=r"sae\.activation\.p_end"):

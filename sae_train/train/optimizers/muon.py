@@ -5,7 +5,8 @@ both, because updates are scaled to the root mean square that Adam's have (Liu e
 so Adam's rule for it, 1/sqrt(F), stays too.
 
 Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks", whose momentum of 0.95
-is kept. No weight decay: decoder rows have unit norm anyway.
+is kept. No weight decay: decoder rows have unit norm anyway. The products that orthogonalise are in bfloat16,
+which is for GPUs: a step of 4,608 x 576 takes 4 s on 2 CPU cores without instructions for it, Adam's 0.04 s.
 """
 
 from collections.abc import Iterable
