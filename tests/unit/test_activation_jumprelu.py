@@ -229,9 +229,13 @@ def test_the_loop_starts_even_where_fewer_latents_are_positive_than_wanted():
 def test_without_a_loop_the_coefficient_stays(options):
     activation, before = at_levels(**options), 4.0
     for step in range(5):
-        activation.begin_step(step, 5)
+        activation.begin_step(step, 100)
         activation.encode_training(rows(step), *weights())
     assert float(activation.control.coefficient) == before
+    activation.begin_step(99, 100)
+    activation.encode_training(rows(5), *weights())
+    # Late in a run the quadratic penalty is helped to its target.
+    assert (float(activation.control.coefficient) == before) == (options.get("target_l0", 1) is None)
 
 
 def test_a_published_threshold_is_in_units_of_raw_pre_activations():
