@@ -58,7 +58,7 @@ class L0Control(nn.Module):
 
     Attributes:
         coefficient: scalar float32 buffer c.
-        size: scalar float32 buffer.
+        size: scalar float32 buffer, how large a c is usual.
         warm: factor of the penalty in this step, 1 after warm-up; a function of (step, steps) alone.
         calm: factor of every gain, likewise; falls at the end of a run.
         late: whether the learning rate, by default, is falling.

@@ -200,6 +200,18 @@ def test_the_loop_moves_price_and_thresholds_towards_the_target_once_a_step():
         assert float(activation.control.coefficient) != moved
 
 
+def test_the_loop_moves_less_in_the_last_steps_of_a_run():
+    x, (w, b) = rows(7), weights()
+    moved = {}
+    for step in (0, 90, 95, 99):
+        activation = at_levels(target_l0=1.0)
+        activation.begin_step(step, 100)
+        activation.encode_training(x, w, b)
+        moved[step] = float(activation.control.coefficient) - 4.0
+    assert moved[0] > 0
+    assert [moved[step] / moved[0] for step in (90, 95, 99)] == pytest.approx([1, 0.5, 0.1], rel=1e-4)
+
+
 def test_a_price_that_fell_to_nothing_comes_back_as_soon_as_l0_is_above_the_target():
     x, (w, b) = rows(7), weights()
     activation = build(target_l0=4.0)
@@ -225,17 +237,22 @@ def test_the_loop_starts_even_where_fewer_latents_are_positive_than_wanted():
     assert float(activation.control.coefficient) > 0
 
 
-@pytest.mark.parametrize("options", [{"target_l0": None}, {"penalty": "quadratic"}])
-def test_without_a_loop_the_coefficient_stays(options):
-    activation, before = at_levels(**options), 4.0
-    for step in range(5):
-        activation.begin_step(step, 100)
-        activation.encode_training(rows(step), *weights())
-    assert float(activation.control.coefficient) == before
-    activation.begin_step(99, 100)
-    activation.encode_training(rows(5), *weights())
-    # Late in a run the quadratic penalty is helped to its target.
-    assert (float(activation.control.coefficient) == before) == (options.get("target_l0", 1) is None)
+def coefficient_after(activation: JumpReLU, step: int) -> float:
+    activation.begin_step(step, 10)
+    activation.encode_training(rows(step), *weights())
+    return float(activation.control.coefficient)
+
+
+def test_a_price_that_was_given_stays():
+    activation = at_levels(target_l0=None)
+    assert [coefficient_after(activation, step) for step in range(10)] == [4.0] * 10
+
+
+def test_thresholds_under_a_quadratic_penalty_are_scaled_only_while_the_learning_rate_falls():
+    activation = at_levels(penalty="quadratic", target_l0=1.0)
+    found = [coefficient_after(activation, step) for step in range(10)]
+    assert found[:8] == [4.0] * 8
+    assert 4.0 < found[8] < found[9]
 
 
 def test_a_published_threshold_is_in_units_of_raw_pre_activations():
