@@ -94,11 +94,9 @@ def test_training_writes_everything_a_run_promises(tiny, tmp_path, capsys):
     assert int(features["train_counts"].sum()) <= 640 * 4
     steps = [r["step"] for r in read_metrics(run) if "main/loss" in r]
     assert steps == [2, 4, 6, 8, 10, 12, 14, 16, 18, 20]
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
-        "step-00000010",
-        "step-00000015",
-        "step-00000020",
-    ]
+    kept = [int(p.name.removeprefix("step-")) for p in sorted((run / "checkpoints").iterdir())]
+    # A step whose turn comes while the save before it is under way waits for it: a slow disk keeps fewer.
+    assert kept[-1] == 20 and 1 < len(kept) <= 3
     sae = load_sae(sae_dir)
     x = torch.randn(5, 32)
     assert sae.decode(sae.encode(x)).shape == (5, 32)
