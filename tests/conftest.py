@@ -4,6 +4,7 @@ Uninitialised memory is filled with NaN in every test, so code that reads what i
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,33 @@ VISION_SIZES = {
     "image_size": 28,
     "patch_size": 14,
 }
+
+
+@pytest.fixture(scope="session")
+def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A process with everything imported, out of which commands start at once (`faults/zygote.py`)."""
+    from faults.tools import Zygote
+
+    made = Zygote(tmp_path_factory.mktemp("zygote"))
+    yield made
+    assert made.server.stdin is not None
+    made.server.stdin.close()
+    made.server.wait(60)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread of torch: a second one only costs time in tensors as small as most tests'."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def optional_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `make test` installs beside the environment: see the Makefile."""
+    monkeypatch.syspath_prepend(str(Path(sys.prefix) / "optional"))
 
 
 @pytest.fixture(autouse=True)

@@ -16,37 +16,24 @@ import torch
 from sae_kernels import batch_topk_encode, threshold_encode
 from torch import Tensor
 
-from sae_train.activations.base import ACTIVATIONS, Activation, ActivationConfig
+from sae_train.activations.annealed_k import AnnealedK, AnnealedKConfig
+from sae_train.activations.base import ACTIVATIONS
 from sae_train.activations.rectangle import rectangle
-from sae_train.activations.topk import annealed
 from sae_train.codes import Codes
 from sae_train.errors import InputError
 
 
 @dataclass
-class BatchTopKConfig(ActivationConfig):
+class BatchTopKConfig(AnnealedKConfig):
     """Keeps the N * k largest activations of the batch, so tokens share the budget."""
 
     name: str = "batch_topk"
-    k: int = 32
-    """Mean number of latents active on a token; as that of top-k."""
-    k_start: int | None = None
-    """k of the first step, from which it falls linearly to k. Unset: k."""
-    k_steps: float = 0.2
-    """Share of the run over which it falls."""
     threshold_decay: float = 0.95
     """Of the threshold's average, per batch; 0 takes the last batch alone. The smallest of thousands that a
     batch keeps is known well, so a long memory lags more than it averages."""
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise InputError("sae.activation.k", self.k, "a whole number of at least 1")
-        if self.k_start is not None and self.k_start < self.k:
-            raise InputError("sae.activation.k_start", self.k_start, f"null, or at least k={self.k}")
-        if not 0 < self.k_steps <= 1:
-            raise InputError(
-                "sae.activation.k_steps", self.k_steps, "a share of the run, above 0 and at most 1"
-            )
+        super().__post_init__()
         if not 0 <= self.threshold_decay < 1:
             raise InputError(
                 "sae.activation.threshold_decay", self.threshold_decay, "a number from 0 to below 1"
@@ -54,7 +41,7 @@ class BatchTopKConfig(ActivationConfig):
 
 
 @ACTIVATIONS.register("batch_topk", BatchTopKConfig)
-class BatchTopK(Activation):
+class BatchTopK(AnnealedK):
     """The largest of a batch while training, what is above a threshold afterwards.
 
     Attributes:
@@ -67,17 +54,9 @@ class BatchTopK(Activation):
     threshold_weight: Tensor
 
     def __init__(self, config: BatchTopKConfig, d_sae: int) -> None:
-        for key, k in (("k", config.k), ("k_start", config.k_start or 1)):
-            if k > d_sae:
-                raise InputError(f"sae.activation.{key}", k, f"at most the number of latents, d_sae={d_sae}")
         super().__init__(config, d_sae)
-        self.k = config.k
-        """Of the step that `begin_step` announced."""
         self.register_buffer("threshold", torch.zeros(()))
         self.register_buffer("threshold_weight", torch.zeros(()))
-
-    def begin_step(self, step: int, steps: int) -> None:
-        self.k = annealed(self.config.k_start, self.config.k, step / (self.config.k_steps * steps))
 
     def encode(self, x: Tensor, w: Tensor, b: Tensor) -> Codes:
         return rectangle(*threshold_encode(x, w, b, self.threshold), self.d_sae)

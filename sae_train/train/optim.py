@@ -45,7 +45,7 @@ OPTIMIZERS: dict[str, Build] = {
     "schedule_free": ScheduleFree,
     "adam8bit": Adam8bit,
 }
-LIBRARIES = {"schedule_free": schedule_free.library, "adam8bit": adam8bit.library}
+IMPORTS = {"schedule_free": schedule_free.imported, "adam8bit": adam8bit.imported}
 """What imports the library of an optimizer that is not torch's; raises InputError if it is not installed."""
 
 
@@ -127,8 +127,8 @@ class OptimConfig:
 
     def check_library(self) -> None:
         """Raises InputError if this optimizer is a library's that is not installed."""
-        if self.name in LIBRARIES:
-            LIBRARIES[self.name]()
+        if self.name in IMPORTS:
+            IMPORTS[self.name]()
 
 
 CHOICES = {

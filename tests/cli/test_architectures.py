@@ -3,13 +3,13 @@
 import json
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from faults.tools import TINY, Zygote, at_step, differences, final_state, resumed_at, send
+from faults.tools import TINY, at_step, differences, final_state, resumed_at, send
 from safetensors.torch import load_file
 
 from sae_train import load_sae
@@ -38,15 +38,6 @@ ARCHITECTURES: dict[str, tuple[list[str], Widths, dict[str, Any]]] = {
     "matryoshka": (["sae=matryoshka", "sae.sampled=3"], Widths((32,)), {"hook": "resid_post.1"}),
     "gated": (["sae=gated"], Widths((32,)), {"hook": "resid_post.1"}),
 }
-
-
-@pytest.fixture(scope="module")
-def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
-    made = Zygote(tmp_path_factory.mktemp("zygote"))
-    yield made
-    assert made.server.stdin is not None
-    made.server.stdin.close()
-    made.server.wait(60)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ most about m * EPS of their size, relatively; the bounds below are of that form.
 """
 
 import copy
-from collections.abc import Iterator
 from functools import cache
 from itertools import product
 
@@ -24,6 +23,8 @@ from sae_train.sae.io import load_sae, save_sae
 from sae_train.train.members import Member, MemberConfig
 from sae_train.train.optim import OptimConfig
 from sae_train.train.stepper import AutogradStepper
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 discover("sae_train.activations")
 discover("sae_train.sae")
@@ -72,15 +73,6 @@ def initialised(sae: SAE, places: Places, seen: dict[str, torch.Tensor]) -> SAE:
     x, y = places.batch(seen)
     sae.initialise(x, torch.Generator().manual_seed(3), y if places.targets else None)
     return sae
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """A second one only costs time in tensors this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @cache

@@ -1,19 +1,10 @@
 """Runs to break: a tiny model, a tiny corpus, and processes that start at once (`zygote.py`)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from faults.tools import TINY, Zygote
-
-
-@pytest.fixture(scope="session")
-def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
-    made = Zygote(tmp_path_factory.mktemp("zygote"))
-    yield made
-    assert made.server.stdin is not None
-    made.server.stdin.close()
-    made.server.wait(60)
+from faults.tools import TINY
 
 
 @pytest.fixture(scope="session")

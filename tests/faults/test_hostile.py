@@ -40,7 +40,7 @@ from faults.hostile_files import (
     split,
     torch_file,
 )
-from faults.tools import TINY
+from faults.tools import SMALL, TINY
 from omegaconf import DictConfig
 from safetensors.torch import save_file
 
@@ -52,17 +52,6 @@ from sae_train.files import MAX_FILES, CorruptFile, CorruptFolder, read_json, re
 from sae_train.harvest.corpus import CorpusConfig, Documents
 from sae_train.harvest.model import ModelConfig, load_model
 
-RECIPE = [
-    "sae.d_sae=24",
-    "sae.activation.k=3",
-    "train.tokens=640",
-    "train.batch_tokens=32",
-    "eval.tokens=100",
-    "source.shard_tokens=256",
-    "source.lanes=2",
-    "checkpoint.every=5",
-    "run.threads=1",
-]
 MOST_BYTES = 64 << 20
 MOST_SECONDS = 5.0
 """Of a core: other processes may be busy."""
@@ -101,8 +90,8 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = torch.Generator().manual_seed(0)
     save_file({"activations": torch.randn(4000, 12, generator=generator)}, folder / "rows.safetensors")
     source = ["source=tensors", f"source.paths=[{folder / 'rows.safetensors'}]"]
-    assert main(["harvest", *source, *RECIPE, f"out={folder / 'shards'}"]) == 0
-    assert main(["train", *source, *RECIPE, f"run.dir={folder / 'run'}"]) == 0
+    assert main(["harvest", *source, *SMALL, f"out={folder / 'shards'}"]) == 0
+    assert main(["train", *source, *SMALL, f"run.dir={folder / 'run'}"]) == 0
     return folder
 
 
@@ -117,8 +106,8 @@ def here(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 EVAL = ["eval", "run=run"]
 STATUS = ["status", "run=run"]
-FROM_SHARDS = ["train", "source=shards", "source.path=shards", *RECIPE, "run.dir=new"]
-FROM_TENSORS = ["train", "source=tensors", "source.paths=[rows.safetensors]", *RECIPE, "run.dir=new"]
+FROM_SHARDS = ["train", "source=shards", "source.path=shards", *SMALL, "run.dir=new"]
+FROM_TENSORS = ["train", "source=tensors", "source.paths=[rows.safetensors]", *SMALL, "run.dir=new"]
 
 Refused = Callable[..., str]
 

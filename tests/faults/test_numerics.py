@@ -9,7 +9,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ from sae_train.train.members import Member, MemberConfig
 from sae_train.train.optim import OptimConfig
 from sae_train.train.resume import classify
 from sae_train.train.stepper import AutogradStepper, Stepper
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 for package in ("sae_train.activations", "sae_train.sae", "sae_train.metrics"):
     discover(package)
@@ -77,14 +79,6 @@ def cases() -> list[Any]:
 def case(request: pytest.FixtureRequest) -> tuple[Member, Stepper]:
     kind, stepper = request.param
     return make_member(kind), STEPPERS[stepper]()
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def step(member: Member, stepper: Stepper, x: Tensor) -> Any:
@@ -200,8 +194,10 @@ def test_an_activation_that_asks_for_more_than_fires_leaves_empty_slots(kind):
     """E5: for those that share a budget over the batch too."""
     member = make_member(kind, k=F)
     with torch.no_grad():
-        member.sae.b_enc.fill_(-1e6)
-        member.sae.b_enc[:2] = 1e6  # two latents fire on every row, and no other
+        for name, bias in member.sae.named_parameters():
+            if name in ("b_enc", "b_mag"):  # a gated latent has one for each of its paths
+                bias.fill_(-1e6)
+                bias[:2] = 1e6  # two latents fire on every row, and no other
     codes = member.sae.encode(rows())
     assert codes.l0().tolist() == [2] * N
     assert int(codes.counts().sum()) == 2 * N and codes.counts()[:2].tolist() == [N, N]

@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 import pytest
 import torch
+from faults.tools import SMALL
 from safetensors.torch import save_file
 
 from sae_train.activations.topk import TopKConfig
@@ -33,24 +34,13 @@ CANARIES = {
     "AWS_SECRET_ACCESS_KEY": f"{MARK}+abc/def=ghi0123456789",
     "GOOGLE_CREDENTIALS": json.dumps({"key": f"{MARK}zzzz"}),
 }
-TINY = [
-    "sae.d_sae=24",
-    "sae.activation.k=3",
-    "train.tokens=640",
-    "train.batch_tokens=32",
-    "eval.tokens=100",
-    "source.shard_tokens=256",
-    "source.lanes=2",
-    "checkpoint.every=5",
-    "run.threads=1",
-]
 
 
 @pytest.fixture
 def rows(tmp_path: Path) -> list[str]:
     generator = torch.Generator().manual_seed(0)
     save_file({"activations": torch.randn(2000, 12, generator=generator)}, tmp_path / "rows.safetensors")
-    return ["source=tensors", f"source.paths=[{tmp_path / 'rows.safetensors'}]", *TINY]
+    return ["source=tensors", f"source.paths=[{tmp_path / 'rows.safetensors'}]", *SMALL]
 
 
 @pytest.fixture

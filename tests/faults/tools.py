@@ -16,6 +16,18 @@ import torch
 from sae_train.checkpoint import Checkpointer
 from sae_train.log import read_metrics
 
+SMALL = [
+    "sae.d_sae=24",
+    "sae.activation.k=3",
+    "train.tokens=640",
+    "train.batch_tokens=32",
+    "eval.tokens=100",
+    "source.shard_tokens=256",
+    "source.lanes=2",
+    "checkpoint.every=5",
+    "run.threads=1",
+]
+"""A run on rows without a model, or whatever model the test names."""
 TINY = [
     "hook=resid_post.1",
     "corpus.context_length=16",

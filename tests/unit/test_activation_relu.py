@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from encoder_rows import D, F, N, rows, weights
 from torch import Tensor
 from torch.nn import functional
 
@@ -11,19 +12,7 @@ from sae_train.activations.relu import INTEGRAL, P_FALLS, PROPORTIONAL, SMOOTH, 
 from sae_train.errors import InputError
 
 EPS = 2.0**-24
-D, F, N = 12, 24, 200
 COEFFICIENT = 2.0
-
-
-def weights() -> tuple[Tensor, Tensor]:
-    draw = torch.Generator().manual_seed(5)
-    return functional.normalize(torch.randn(F, D, generator=draw), dim=-1), 0.1 * torch.randn(
-        F, generator=draw
-    )
-
-
-def rows(seed: int = 0, n: int = N) -> Tensor:
-    return torch.randn(n, D, generator=torch.Generator().manual_seed(seed))
 
 
 def build(**options) -> ReLU:

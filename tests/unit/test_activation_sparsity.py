@@ -4,7 +4,6 @@ Short runs of the real trainer's step on rows of a known dictionary. L0 is a mea
 a spread of about that mean, so that it is known to 2 %. The promise is 5 %.
 """
 
-from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -23,6 +22,8 @@ from sae_train.train.members import Member, MemberConfig
 from sae_train.train.optim import OptimConfig
 from sae_train.train.stepper import AutogradStepper
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 D, F, N, STEPS = 48, 192, 192, 300
 RECIPES = {
     "relu": lambda l0: ReLUConfig(target_l0=l0),
@@ -31,15 +32,6 @@ RECIPES = {
     "jumprelu tanh": lambda l0: JumpReLUConfig(target_l0=l0, penalty="tanh"),
     "jumprelu quadratic": lambda l0: JumpReLUConfig(target_l0=l0, penalty="quadratic"),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """A second one only costs time in tensors this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @cache

@@ -2,7 +2,6 @@
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -19,18 +18,11 @@ from sae_train.sae.io import load_sae, save_sae
 from sae_train.sae.linear import LinearConfig, LinearSAE
 from sae_train.sae.matryoshka import MatryoshkaConfig, MatryoshkaSAE, drawn, shares
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 D, F, N = 16, 96, 256
 EPS = 2.0**-24
 NO_DEAD = torch.zeros(0, dtype=torch.int64)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """A second one only costs time in tensors this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -11,7 +11,6 @@ import copy
 import logging
 import math
 import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -33,19 +32,12 @@ from sae_train.train.optim import OptimConfig
 from sae_train.train.stepper import AutogradStepper, Step, Stepper
 from sae_train.train.trainer import TrainConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 D, F, N, K, STEPS, LR = 12, 64, 96, 4, 60, 3e-3
 EPS = 2.0**-24
 DRIFT = STEPS * LR * (4 * N * EPS + EPS / (1 - 0.999))  # of a weight, root mean square; derived above
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """A second one only costs time in tensors this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def rows(seed: int) -> Tensor:

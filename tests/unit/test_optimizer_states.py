@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from sae_kernels import AdamStep, settle, use_backend
+from same_bits import assert_same_bits, tensors
 from torch import Tensor
 
 from sae_train.activations.topk import TopKConfig
@@ -28,6 +29,8 @@ from sae_train.train.members import Member, MemberConfig
 from sae_train.train.optim import OptimConfig, build_optimizer, load_optimizer
 from sae_train.train.stepper import AutogradStepper, Step, Stepper
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 D, F, N, K, STEPS, LR = 12, 64, 96, 4, 60, 3e-3
 EPS = 2.0**-24
 ERROR = 4 * N * EPS + EPS / (1 - 0.999)  # relative, of a step
@@ -41,15 +44,6 @@ ACTIVE: dict[str, Any] = {"rows": "active", "beta1": 0.0}
 OPTIONS = [LAGGED, BFLOAT16, ACTIVE, LAGGED | BFLOAT16 | ACTIVE]
 NAMES = ["lagged", "bfloat16", "active", "all three"]
 each_option = pytest.mark.parametrize("options", OPTIONS, ids=NAMES)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """A second one only costs time in tensors this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def rows(seed: int) -> Tensor:
@@ -84,20 +78,6 @@ def kept(member: Member, name: str) -> Tensor:
     value = member.optimizer.state[member.sae.w_enc][name]
     assert isinstance(value, Tensor)
     return value
-
-
-def tensors(tree: Any, path: str = "") -> dict[str, Tensor]:
-    """All tensors of a state by their place in it."""
-    if isinstance(tree, Tensor):
-        return {path: tree.detach().clone()}
-    pairs = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    return {place: t for key, part in pairs for place, t in tensors(part, f"{path}/{key}").items()}
-
-
-def assert_same_bits(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
-    assert one.keys() == two.keys()
-    for name, tensor in one.items():
-        assert tensor.dtype == two[name].dtype and torch.equal(tensor, two[name]), name
 
 
 def rms(tensor: Tensor) -> float:

@@ -4,13 +4,13 @@ import copy
 import functools
 import math
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from same_bits import assert_same_bits, tensors
 from torch import Tensor, nn
 
 from sae_train.activations.topk import TopKConfig
@@ -24,30 +24,17 @@ from sae_train.sae.linear import LinearConfig, LinearSAE
 from sae_train.train.fused import cannot_fuse
 from sae_train.train.kernels import KernelsConfig, choose_stepper
 from sae_train.train.members import Member, MemberConfig
-from sae_train.train.optim import LIBRARIES, OPTIMIZERS, OptimConfig, build_optimizer, published_weights
+from sae_train.train.optim import IMPORTS, OPTIMIZERS, OptimConfig, build_optimizer, published_weights
 from sae_train.train.optimizers.schedule_free import ScheduleFree
 from sae_train.train.stepper import AutogradStepper, Step
+
+pytestmark = pytest.mark.usefixtures("optional_libraries", "one_thread")
 
 D, F, N, K, STEPS = 16, 256, 96, 4, 60  # F * D = 4096 is the least that torchao quantises
 EPS = 2.0**-24
 GIVEN = ["source=synthetic"]
 each_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 others = pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "adam"])
-
-
-@pytest.fixture(autouse=True)
-def optional_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `make test` installs beside the environment: see the Makefile."""
-    monkeypatch.syspath_prepend(str(Path(sys.prefix) / "optional"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """A second one only costs time in tensors this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @functools.cache
@@ -90,24 +77,6 @@ def heldout_fvu(member: Member) -> float:
     x = rows(10_000, 2000)
     with torch.no_grad():
         return float(fvu(x, member.trained()(x)))
-
-
-def tensors(tree: Any, path: str = "") -> dict[str, Tensor]:
-    """All tensors and numbers of a state by their place in it."""
-    if isinstance(tree, Tensor):
-        return {path: tree.detach().clone()}
-    if isinstance(tree, bool | int | float):
-        return {path: torch.tensor(tree, dtype=torch.float64)}
-    pairs = (
-        tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else ()
-    )
-    return {place: t for key, part in pairs for place, t in tensors(part, f"{path}/{key}").items()}
-
-
-def assert_same_bits(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
-    assert one.keys() == two.keys()
-    for name, tensor in one.items():
-        assert tensor.dtype == two[name].dtype and torch.equal(tensor, two[name]), name
 
 
 def worst_norm(rows: Tensor) -> float:
@@ -234,7 +203,7 @@ def test_what_an_optimizer_cannot_do_is_refused_in_one_line(options, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", LIBRARIES)
+@pytest.mark.parametrize("name", IMPORTS)
 def test_a_library_that_is_not_installed_is_named_with_how_to_install_it(name, monkeypatch):
     module = {"schedule_free": "schedulefree", "adam8bit": "torchao.optim"}[name]
     config, parameter = recipe(name), nn.Parameter(torch.zeros(2))

@@ -2,9 +2,7 @@
 
 import copy
 import math
-import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,8 @@ from sae_train.train.optim import OPTIMIZERS, OptimConfig, published_weights
 from sae_train.train.resample import ENCODER_SHARE, per_latent, resample, resample_member
 from sae_train.train.stepper import AutogradStepper, Step, Stepper
 
+pytestmark = pytest.mark.usefixtures("optional_libraries", "one_thread")
+
 for package in ("sae_train.activations", "sae_train.sae"):
     discover(package)
 
@@ -35,20 +35,6 @@ CPU = torch.device("cpu")
 DEAD = torch.tensor([3, 50, 51, 200, 255])
 OPTIONS: dict[str, dict[str, Any]] = {"schedule_free": {"decay": 0}, "adam8bit": {"eps": 1e-7}}
 each_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
-
-
-@pytest.fixture(autouse=True)
-def optional_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `make test` installs beside the environment: see the Makefile."""
-    monkeypatch.syspath_prepend(str(Path(sys.prefix) / "optional"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def rows(seed: int, n: int = N, d: int = D) -> Tensor:

@@ -33,7 +33,7 @@ PARTS = ("codes", "scale", "qmap")
 """What a quantised tensor is made of: [*shape] uint8, a float32 per block, the 256 values of the codes."""
 
 
-def library() -> Any:
+def imported() -> Any:
     """The class of the library.
 
     Raises:
@@ -54,7 +54,7 @@ class Adam8bit(Composed):
     def __init__(
         self, params: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], eps: float
     ) -> None:
-        super().__init__([library()(params, lr=lr, betas=betas, eps=eps)])
+        super().__init__([imported()(params, lr=lr, betas=betas, eps=eps)])
         for group in self.param_groups:
             group["lr"] = lr
 

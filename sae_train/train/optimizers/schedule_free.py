@@ -20,7 +20,7 @@ from sae_train.errors import InputError
 from sae_train.train.optimizers.base import Composed
 
 
-def library() -> Any:
+def imported() -> Any:
     """The class of the library.
 
     Raises:
@@ -43,7 +43,7 @@ class ScheduleFree(Composed):
     def __init__(
         self, params: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], eps: float
     ) -> None:
-        super().__init__([library()(params, lr=lr, betas=betas, eps=eps, weight_decay=0.0)])
+        super().__init__([imported()(params, lr=lr, betas=betas, eps=eps, weight_decay=0.0)])
         for group in self.param_groups:
             group["train_mode"] = True
 
