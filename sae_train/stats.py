@@ -4,6 +4,7 @@ All counters are int64 and all sums are integers (activations in fixed point), s
 addition on any number of devices gives the same bits and nothing saturates in a long run.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,16 +97,21 @@ class FeatureStats:
 
 
 def write_features(
-    path: Path, train: FeatureStats, heldout: FeatureStats | None, input_scale: float, dead_after_tokens: int
+    path: Path,
+    train: FeatureStats,
+    heldout: FeatureStats | None,
+    input_scale: float,
+    dead_after_tokens: int,
+    more: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write features.safetensors: statistics of a published SAE, in the units of its folded codes.
 
     Tensors, F each unless said otherwise: `train_counts`, `train_density`, `train_mean`, `train_max`,
     `train_last_fired`, `train_tokens` [1]; all but `last_fired` with `heldout_` too, if there was a pass;
     `dead` and `dense` are int64 lists of latents: dead did not fire for `dead_after_tokens` tokens at
-    the end of training, dense fire on more than a tenth of the tokens.
+    the end of training, dense fire on more than a tenth of the tokens. `more` is written beside them.
     """
-    out: dict[str, Tensor] = {}
+    out: dict[str, Tensor] = dict(more or {})
     for prefix, stats in (("train", train), ("heldout", heldout)):
         if stats is None:
             continue

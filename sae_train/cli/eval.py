@@ -46,7 +46,8 @@ def judge(composed: DictConfig) -> int:
         raise InputError("run", request.run, "a finished run: it has published no SAE yet")
     config = saved_config(run_dir, record.config)
     if config.model.trust_remote_code and not request.trust_remote_code:
-        asked = f"true, to run the Python code of {config.model.name} as the run says it did"
+        names = " and ".join(filter(None, (config.model.name, config.model.other)))
+        asked = f"true, to run the Python code of {names} as the run says it did"
         raise InputError("trust_remote_code", False, asked)
     config.eval = replace(
         config.eval,

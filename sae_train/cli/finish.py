@@ -19,6 +19,7 @@ from sae_train.log import MetricLog, read_metrics
 from sae_train.metrics.base import Metric
 from sae_train.metrics.density import Density
 from sae_train.metrics.l0 import L0
+from sae_train.metrics.sharing import decoder_shares
 from sae_train.places import Places
 from sae_train.report import plots
 from sae_train.report.card import write_card
@@ -170,9 +171,16 @@ def publish(
         meta["target"] = "+".join(member.places.targets)
     save_sae(sae, folder, meta)
     scale = float(sae.code_scale)
-    write_features(folder / "features.safetensors", member.stats, heldout, scale, member.dead_after_tokens)
+    hooks = member.places.outputs
+    more = {"decoder_shares": decoder_shares(sae)} if len(hooks) > 1 else {}
+    features = folder / "features.safetensors"
+    write_features(features, member.stats, heldout, scale, member.dead_after_tokens, more)
     write_json(folder / "metrics.json", finite(numbers))
     drawn = draw(folder / "plots", member, metrics, records)
+    if len(hooks) == 2:
+        drawn["shares"] = folder / "plots" / "shares.png"
+        firing = more["decoder_shares"][member.stats.counts > 0, 1].cpu()
+        plots.share_histogram(firing, (hooks[0], hooks[1]), drawn["shares"])
     config, where = member.config.sae, f"{meta['hook']} (width {sae.d_in})"
     if member.places.targets:
         where += f" to {meta['target']} (width {sae.d_out})"

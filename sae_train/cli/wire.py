@@ -4,6 +4,7 @@ Everything cheap is checked before anything expensive is loaded: the model's con
 names, context length, tokenizer and the corpus first, weights last.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import ceil
@@ -26,7 +27,7 @@ from sae_train.harvest.hooks import OTHER, Site, is_other, resolve
 from sae_train.harvest.kinds import is_causal_lm, skeleton
 from sae_train.harvest.model import ModelConfig, check_context, load_config, load_model, load_tokenizer
 from sae_train.harvest.second import check_embeddings, check_tokenizers, of_second, second
-from sae_train.harvest.splice import splice_report
+from sae_train.harvest.splice import SpliceResult, splice_report
 from sae_train.harvest.stream import StreamRows
 from sae_train.harvest.window_source import WindowSource
 from sae_train.harvest.windows import Windows, WindowStream, check_vocabulary, special_ids
@@ -228,6 +229,7 @@ def _stream(
     shards = PermutedShards(producer, source.seed, source.lanes)
     ahead = Prefetch(shards, source.prefetch, device, producer.cancel)
     masks: list[Tensor] = []
+    ablated: dict[int, dict[tuple[str, ...], SpliceResult]] = defaultdict(dict)
     causal = {False: is_causal_lm(lm.model), True: lm.other is not None and is_causal_lm(lm.other)}
 
     def heldout() -> HeldOut:
@@ -258,7 +260,9 @@ def _stream(
         w, mask = judged[0], masks[0]
         some = Windows(w.tokens[:count], w.valid[:count], w.starts[:count], w.index[:count])
         with ahead.idle():
-            return splice_report(lm.model, some, mask[:count], inputs, outputs, reconstruct, means, lm.other)
+            return splice_report(
+                lm.model, some, mask[:count], inputs, outputs, reconstruct, means, lm.other, ablated[count]
+            )
 
     def heldout_shards() -> ShardStream:
         keep_sinks = replace(config.filter, sinks=False)

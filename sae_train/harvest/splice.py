@@ -116,6 +116,7 @@ def splice_report(
     reconstruct: Replace,
     means: Sequence[Tensor],
     other: nn.Module | None = None,
+    ablated: dict[tuple[str, ...], SpliceResult] | None = None,
 ) -> dict[str, float]:
     """What replacing rows by their reconstruction costs, next to zero- and mean-ablation.
 
@@ -127,6 +128,8 @@ def splice_report(
         reconstruct: rows of all inputs side by side [n, d_in] -> rows of all outputs [n, d_out], the SAE.
         means: [D] mean of ordinary rows of each output, for mean-ablation.
         other: the second model, which sites with `other` are in.
+        ablated: what ablation gave for these windows, masks and means before, by name and sites; added to.
+            Two of four forward passes are spared where another SAE, or this one earlier, stood there.
 
     Returns:
         ce_clean, ce_sae, ce_zero, ce_mean, kl_sae (nats per prediction), recovered_zero, recovered_mean (1 =
@@ -147,6 +150,13 @@ def splice_report(
         "mean": {site: _constant(mean) for site, mean in zip(outputs, means, strict=True)},
     }
     parts: dict[bool, dict[str, list[SpliceResult]]] = {of: defaultdict(list) for of in scored}
+    ablated = {} if ablated is None else ablated
+    keys = {
+        (of, name): (name, *(site.key for site in outputs if site.other == of))
+        for of in scored
+        for name in ways
+    }
+    known = {(of, name) for (of, name), key in keys.items() if key in ablated}
     for part in _chunks(windows, len(scored)):
         stop.check()
         tokens, valid, chosen = windows.tokens[part], windows.valid[part], mask[part]
@@ -164,10 +174,16 @@ def splice_report(
         for of in scored:
             parts[of]["clean"].append(score(clean[of], tokens, valid, chosen))
             for name in ("sae", "zero", "mean"):
+                if (of, name) in known:
+                    continue
                 own = {site: way for site, way in ways[name].items() if site.other == of}
                 replaced = logits(models[of], tokens, valid, chosen, own)
                 against = clean[of] if name == "sae" else None
                 parts[of][name].append(score(replaced, tokens, valid, chosen, against))
+    for (of, name), key in keys.items():
+        if key not in ablated:
+            ablated[key] = _together(parts[of][name])
+        parts[of][name] = [ablated[key]]
     report: dict[str, float] = {}
     for of in scored:
         prefix = "other/" if of and len(affected) > 1 else ""

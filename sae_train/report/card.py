@@ -5,7 +5,7 @@ from typing import Any
 
 from sae_train.files import write_bytes
 from sae_train.redact import redact
-from sae_train.report.table import METRICS, complete, shown
+from sae_train.report.table import about, complete, ordered, shown
 
 
 def write_card(path: Path, description: str, numbers: dict[str, float], meta: dict[str, Any]) -> None:
@@ -16,15 +16,17 @@ def write_card(path: Path, description: str, numbers: dict[str, float], meta: di
         return escape(str(meta.get(key, "unknown")))
 
     rows = [
-        f"| {metric.label} | {shown(name, numbers[name])} | {metric.meaning} |"
-        for name, metric in METRICS.items()
-        if name in numbers
+        f"| {escape(metric.label)} | {shown(name, numbers[name])} | {metric.meaning} |"
+        for name in ordered(numbers)
+        if (metric := about(name)) is not None
     ]
+    models = f"Model `{known('model')}`, revision `{known('model_revision')}`"
+    if "other_model" in meta:
+        models += f", and model `{known('other_model')}`, revision `{known('other_model_revision')}`"
     lines = [
         f"# {escape(description)}",
         "",
-        f"Model `{known('model')}`, revision `{known('model_revision')}`, "
-        f"trained on {meta['tokens']:,} tokens, seed {meta['seed']}.",
+        f"{models}, trained on {meta['tokens']:,} tokens, seed {meta['seed']}.",
         "",
         "| held-out | value | meaning |",
         "|---|---|---|",

@@ -16,7 +16,7 @@ import yaml
 
 from sae_train.files import write_bytes
 from sae_train.redact import printable, redact
-from sae_train.report.table import HEADLINE, METRICS, complete, shown
+from sae_train.report.table import HEADLINE, METRICS, Shown, about, complete, ordered, shown
 
 CAPTIONS = {
     "fvu": "Variance unexplained: the line is single training batches, the dots are held-out documents.",
@@ -25,6 +25,7 @@ CAPTIONS = {
     "l0": "Active latents per token.",
     "lr": "Learning rate.",
     "scatter": "How often and how strongly latents fire.",
+    "shares": "Whose latents are whose: near a half stands for both hooks, near an end for one of them.",
     "time": "Wall time by what was really being done.",
 }
 FILTERS = {
@@ -183,9 +184,8 @@ def _headline(data: ReportData) -> list[dict[str, str]]:
 
 def _member(member: MemberReport) -> dict[str, Any]:
     numbers = complete(member.metrics)
-    known = [(name, METRICS[name]) for name in METRICS if name in numbers]
-    rows = [(about.label, shown(name, numbers[name]), about.better, about.meaning) for name, about in known]
-    rows += [(_text(name), shown(name, numbers[name]), "", "") for name in numbers if name not in METRICS]
+    known = {name: about(name) or Shown(name, str, "") for name in ordered(numbers)}
+    rows = [(_text(m.label), shown(name, numbers[name]), m.better, m.meaning) for name, m in known.items()]
     return {
         "name": _text(member.name),
         "description": _text(member.description),

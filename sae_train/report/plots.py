@@ -195,6 +195,26 @@ def l0_distribution(counts: Sequence[int] | Any, path: Path, title: str = "Activ
     return _save(figure, path)
 
 
+def share_histogram(
+    share: Sequence[float] | Any, hooks: tuple[str, str], path: Path, title: str = "Whose latents are whose"
+) -> Path:
+    """How latents are shared between two hooks.
+
+    Args:
+        share: [F] each latent's share of decoder norm at the second hook; list, array or CPU tensor.
+        hooks: their names.
+        path: PNG to write.
+        title: heading.
+    """
+    values = np.asarray(share, dtype=np.float64)
+    figure, axes = _figure(title, "share of decoder norm", "latents")
+    axes.hist(values, bins=np.linspace(0, 1, 51), color=BLUE, edgecolor="white", lw=0.4)
+    axes.set_xlim(0, 1)
+    ends = [f"only\n{_plain(hooks[0])}", "both alike", f"only\n{_plain(hooks[1])}"]
+    axes.set_xticks([0, 0.5, 1], ends)
+    return _save(figure, path)
+
+
 def time_share(seconds: Mapping[str, float], path: Path, title: str = "Where the time went") -> Path:
     """Activity -> seconds of wall time as horizontal bars, the longest first."""
     rows = time_table(seconds)

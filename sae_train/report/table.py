@@ -6,8 +6,8 @@ terminal, the HTML page and any other reader of a run's numbers use it.
 
 import io
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from rich.console import Console
 from rich.table import Table
@@ -120,7 +120,72 @@ METRICS: dict[str, Shown] = {
         "KL divergence of the predictions with the SAE from the model's own, nats per token.",
         "lower",
     ),
+    "recovery/mcc": Shown(
+        "true features matched",
+        _fixed(3),
+        "Mean cosine of the best one-to-one match of latents with the true features of synthetic rows.",
+        "higher",
+    ),
+    "recovery/mmcs": Shown(
+        "nearest latent",
+        _fixed(3),
+        "Mean over true features of the largest cosine with any latent.",
+        "higher",
+    ),
+    "recovery/above_0.9": Shown(
+        "recovered", _percent, "Share of true features with a latent at a cosine above 0.9.", "higher"
+    ),
+    "recovery/rare": Shown(
+        "recovered, rare", _percent, "The same over the third of features that fire least.", "higher"
+    ),
+    "recovery/common": Shown(
+        "recovered, common", _percent, "The same over the third of features that fire most.", "higher"
+    ),
+    "recovery/f1": Shown(
+        "detection F1",
+        _fixed(3),
+        "How well the matched latent's firing tells that its true feature is on, mean over features.",
+        "higher",
+    ),
+    "recovery/duplicates": Shown(
+        "duplicates",
+        _percent,
+        "Share of firing latents whose nearest true feature has a nearer latent already.",
+        "lower",
+    ),
+    "recovery/silent": Shown(
+        "features never on",
+        lambda value: f"{value:,.0f}",
+        "True features that are off in all held-out rows: their F1 is not counted.",
+    ),
 }
+
+SECOND = "other/"
+"""Begins the name of a number that is the second model's."""
+
+
+def about(name: str) -> Shown | None:
+    """What is known of a number: `other/NAME` is NAME of the second model, `fvu/HOOK` the FVU of one hook."""
+    if name in METRICS:
+        return METRICS[name]
+    if name.startswith(SECOND) and (first := METRICS.get(name.removeprefix(SECOND))):
+        return replace(first, label=f"{first.label}, second model")
+    base, _, hook = name.partition("/")
+    if base == "fvu" and hook:
+        return replace(METRICS["fvu"], label=f"FVU of {hook}", meaning="The same for one of several hooks.")
+    return None
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """Known numbers in the order of `METRICS`, each with those of its hooks and models; then the others."""
+    place = {name: i for i, name in enumerate(METRICS)}
+
+    def key(name: str) -> int:
+        own = name.removeprefix(SECOND)
+        return place.get(own, place.get(own.partition("/")[0], len(place)))
+
+    return sorted(names, key=key)
+
 
 HEADLINE = ("fvu", "ce_increase", "recovered_mean", "l0", "dead")
 TERMINAL = (*HEADLINE, "fvu_all", "cosine", "ce_clean", "ce_sae")
@@ -141,7 +206,7 @@ def shown(name: str, value: float | None) -> str:
         return "-"
     if not math.isfinite(value):
         return "not finite"
-    known = METRICS.get(name)
+    known = about(name)
     return known.form(value) if known else f"{value:.4g}"
 
 

@@ -79,18 +79,18 @@ class LinearSAE(SAE):
         return self.magnitudes(self.activation.encode(self._read(x), self.w_enc, self.b_enc))
 
     def decode(self, codes: Codes) -> Tensor:
-        return (codes.decode(self.w_dec) + self.b_dec) / self._scale_out()
+        return (codes.decode(self.w_dec) + self.b_dec) / self.scale_out()
 
     def reconstruct(self, x: Tensor, codes: Codes) -> Tensor:
         if not self.config.skip:
             return self.decode(codes)
-        return (codes.decode(self.w_dec) + self._base(self._read(x))) / self._scale_out()
+        return (codes.decode(self.w_dec) + self._base(self._read(x))) / self.scale_out()
 
     def preactivations(self, x: Tensor, features: Tensor | slice = slice(None)) -> Tensor:
         return functional.linear(self._read(x), self.w_enc[features], self.b_enc[features])
 
     def losses(self, batch: Batch, dead: Tensor) -> Losses:
-        x, y = self._read(batch.x), batch.y.float() * self._scale_out()
+        x, y = self._read(batch.x), batch.y.float() * self.scale_out()
         target = y - self._base(x)
         codes, terms = self._training_codes(x, target)
         residual = target - codes.decode(self.w_dec)
@@ -101,7 +101,12 @@ class LinearSAE(SAE):
         if self.config.auxk_coefficient > 0 and len(dead) > 0:
             rows = (self.w_enc[dead], self.b_enc[dead], self.w_dec[dead])
             terms["auxk"] = self._dead_loss(residual, x, *rows)
-        return Losses(terms, codes, (y - residual) / self._scale_out())
+        return Losses(terms, codes, (y - residual) / self.scale_out())
+
+    def inputs_and_targets(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """[N, d_in] what the encoder reads; [N, d_out] what the latents shall add up to in training."""
+        x = self._read(batch.x)
+        return x, batch.y.float() * self.scale_out() - self._base(x)
 
     def _base(self, x: Tensor) -> Tensor:
         """Encoder inputs x -> the scaled reconstruction without latents: [d_out]; with a skip [N, d_out]."""
@@ -148,7 +153,7 @@ class LinearSAE(SAE):
             b_dec=self.b_dec,
             k=self.activation.k,
             scale_in=self._scale_in(),
-            scale_out=self._scale_out(),
+            scale_out=self.scale_out(),
             centre=self._centre(),
             centred=not self.transcodes,
             unit_norm=True,
@@ -175,8 +180,8 @@ class LinearSAE(SAE):
         """Start a transcoder's decoder from encoder inputs x and raw targets, and scale its encoder to it."""
         centre, scale = self._centre_and_scale(targets, self.widths.outputs)
         self.output_scale.copy_(scale)
-        self.b_dec.copy_(centre * self._scale_out())
-        y = targets.float() * self._scale_out() - self.b_dec
+        self.b_dec.copy_(centre * self.scale_out())
+        y = targets.float() * self.scale_out() - self.b_dec
         found = mean_targets(x, y, self.w_enc)
         self.w_dec.copy_(torch.where(found.norm(dim=-1, keepdim=True) > 0, found, self.w_dec))
         self.after_step()
@@ -219,7 +224,7 @@ class LinearSAE(SAE):
     @torch.no_grad()
     def fold_(self) -> None:
         # Codes shrink, so that unit decoder rows stay unit: with one hook the factors of the weights are 1.
-        code, scale_in, scale_out = self.code_scale.clone(), self._scale_in(), self._scale_out()
+        code, scale_in, scale_out = self.code_scale.clone(), self._scale_in(), self.scale_out()
         if self.config.skip:
             self.b_dec.sub_(self.w_skip @ self.centre)
             self.w_skip.mul_(scale_in).div_(scale_out.expand(self.d_out)[:, None])
@@ -238,7 +243,8 @@ class LinearSAE(SAE):
     def _scale_in(self) -> Tensor:
         return per_column(self.input_scale, self.widths.inputs)
 
-    def _scale_out(self) -> Tensor:
+    def scale_out(self) -> Tensor:
+        """What raw targets and reconstructions are multiplied by in training: a scalar, or [d_out]."""
         return per_column(self.output_scale, self.widths.outputs) if self.transcodes else self._scale_in()
 
     def _read(self, rows: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def resample_member(member: Member, done: Step, step: int) -> Tensor:
     if not isinstance(sae, LinearSAE):
         raise InputError("train.resample_every", step + 1, f"0: {member.name} is not a linear SAE")
     dead = member.stats.dead(member.dead_after_tokens).nonzero().flatten()  # host synchronisation
-    error = (done.batch.y - done.losses.y_hat).float() * sae._scale_out()
+    error = (done.batch.y - done.losses.y_hat).float() * sae.scale_out()
     generator = torch.Generator().manual_seed(stable_seed("resample", member.config.seed, step))
     chosen = resample(sae, member.optimizer, dead, done.batch, error.square().sum(dim=-1), generator)
     member.stats.last_fired[chosen] = member.stats.tokens
@@ -86,8 +86,7 @@ def resample(
     Returns:
         [R'] int64: the first of `dead`, for which there were rows.
     """
-    x = sae._read(batch.x)
-    target = batch.y.float() * sae._scale_out() - sae._base(x)
+    x, target = sae.inputs_and_targets(batch)
     directed = (x.norm(dim=-1) > 0) & (target.norm(dim=-1) > 0) & torch.isfinite(losses)
     weight = torch.where(directed, losses.double(), 0).cpu()
     weight = (weight / weight.max().clamp_min(torch.finfo(torch.float64).tiny)).square()  # of any size

@@ -177,6 +177,11 @@ def test_of_one_model_twice_every_latent_is_shared(one, tiny_model_dir, tmp_path
     fired = features["train_counts"] > 500
     assert fired.sum() >= 8, "too few latents to say anything"
     shares = decoder_shares(sae)[fired]  # in raw units: the two hooks have one scale
+    # Written in the units of training, where the two scales are computed each from its own, equal rows.
+    assert torch.allclose(features["decoder_shares"][fired], shares, rtol=1e-5)
+    report, card = (run / "report.html").read_text(), (run / "saes/main/README.md").read_text()
+    assert "Whose latents are whose" in report and "second model" in report
+    assert card.count(str(tiny_model_dir("llama"))) == 2
     here, there = sae.w_dec[fired].split(32, dim=-1)
     cosine = torch.cosine_similarity(here, there, dim=-1)
     # Decoders start as random unit vectors, whose halves have shares of 0.5 +- 0.06 and cosines of 0 +- 0.18.

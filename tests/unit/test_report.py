@@ -15,7 +15,7 @@ import torch
 
 from sae_train.report import plots
 from sae_train.report.html import FeatureReport, MemberReport, ReportData, write_report
-from sae_train.report.table import METRICS, complete, final_text, time_table
+from sae_train.report.table import METRICS, about, complete, final_text, ordered, shown, time_table
 
 NUMBERS = {
     "fvu": 0.1832,
@@ -55,6 +55,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "lr": plots.lr_curve(RECORDS, folder / "lr.png", ["a/lr"]),
         "l0": plots.l0_distribution(torch.tensor([1, 5, 3]), folder / "l0.png"),
         "time": plots.time_share({"model forward": 3.0, "SAE step": 1.0}, folder / "time.png"),
+        "shares": plots.share_histogram(torch.rand(64), ("a", "b"), folder / "shares.png"),
         "scatter": plots.density_vs_activation([0.0, 0.1, 0.2], [0.0, 1.0, 2.0], folder / "scatter.png"),
     }
 
@@ -75,6 +76,7 @@ AWKWARD = {
     "always the same": lambda path: plots.l0_distribution([0, 0, 7], path),
     "wide": lambda path: plots.l0_distribution(np.ones(5000), path),
     "no time": lambda path: plots.time_share({}, path),
+    "no latents": lambda path: plots.share_histogram([], ("a", "b$"), path),
     "nothing fires": lambda path: plots.density_vs_activation([0.0], [0.0], path),
     "markup in names": lambda path: plots.curves(
         RECORDS, {"_a $\\frac{": "a/fvu", "b\x1b\n": "a/lr"}, path, "$x_{"
@@ -110,6 +112,21 @@ def test_shares_of_time_add_up_and_name_what_is_not_accounted_for() -> None:
 def test_the_increase_of_cross_entropy_follows_from_its_parts() -> None:
     assert complete(NUMBERS)["ce_increase"] == pytest.approx(0.2, abs=4 * 2**-53)
     assert "ce_increase" not in complete({"fvu": 0.1})
+
+
+def test_numbers_of_hooks_and_of_a_second_model_stand_beside_the_first_ones() -> None:
+    given = ["mine", "other/kl_sae", "fvu/resid_post.1", "kl_sae", "other/mine", "fvu", "recovery/mcc"]
+    expected = ["fvu/resid_post.1", "fvu", "other/kl_sae", "kl_sae", "recovery/mcc", "mine", "other/mine"]
+    assert ordered(given) == expected
+    labels = {name: known.label for name in given if (known := about(name)) is not None}
+    assert labels == {
+        "other/kl_sae": "KL, second model",
+        "fvu/resid_post.1": "FVU of resid_post.1",
+        "kl_sae": "KL",
+        "fvu": "FVU",
+        "recovery/mcc": "true features matched",
+    }
+    assert shown("other/dead", 0.5) == "50.0 %" and shown("mine", 0.5) == "0.5"
 
 
 def test_the_plain_table_has_a_row_per_sae_and_no_control_characters() -> None:

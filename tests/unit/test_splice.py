@@ -113,6 +113,28 @@ def test_the_report_is_the_four_runs_and_scores_from_them(tiny_model):
     assert report["tokens"] == 46
 
 
+def test_ablations_that_are_known_are_not_run_again_and_change_nothing(tiny_model):
+    model = tiny_model("llama")
+    windows, mask = make_windows()
+    here, there = resolve("resid_post.1", model), resolve("mlp_out.1", model)
+    passes = []
+    model.register_forward_hook(lambda *args: passes.append(1))
+    ablated, mean = {}, torch.linspace(-1, 1, 32)
+
+    def report(site, known):
+        passes.clear()
+        return splice_report(
+            model, windows, mask, [site], [site], lambda rows: 0.7 * rows, [mean], None, known
+        )
+
+    first = report(here, ablated)
+    assert len(passes) == 4
+    assert report(here, ablated) == first and len(passes) == 2
+    other = report(there, ablated)
+    assert len(passes) == 4, "another place has ablations of its own"
+    assert other == report(there, {}) and other["ce_zero"] != first["ce_zero"]
+
+
 def test_a_perfect_reconstruction_recovers_everything(tiny_model):
     model = tiny_model("gpt2")
     windows, mask = make_windows()
