@@ -43,6 +43,7 @@ def searched(examples: int) -> settings:
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    trees.validate()  # hypothesis makes tables of all characters, once and not within `little_memory`
     return Bench(tmp_path_factory.mktemp("bench"))
 
 
