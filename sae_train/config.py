@@ -30,7 +30,6 @@ from sae_train.registry import discover, nearest
 from sae_train.sae.base import SAES, SAEConfig
 from sae_train.shards.source import SourceConfig
 from sae_train.train.kernels import KernelsConfig
-from sae_train.train.members import MemberConfig
 from sae_train.train.optim import OptimConfig
 from sae_train.train.resume import classify, flatten
 from sae_train.train.trainer import TrainConfig
@@ -90,6 +89,10 @@ class Config:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     saes: Any = None
     """Several SAEs on one harvest: name -> what differs from the run's hook, target, seed, sae, optim."""
+    grid: Any = None
+    """An SAE for every combination of values, on one harvest: grid={k: [16, 32], seed: [0, 1]}. Keys are k,
+    target_l0, activation, architecture, d_sae, expansion, lr, lr_base, optimizer, seed, hook, or a full name
+    such as sae.auxk_coefficient."""
 
 
 @dataclass
@@ -114,12 +117,96 @@ class EvalCommandConfig:
     """Run the model's own Python code, as the run did. Taken from here only, never from the run's files."""
 
 
+EXPORT_DTYPES = ("float32", "bfloat16")
+
+
+@dataclass
+class ExportConfig:
+    """`export`: write a published SAE in another library's format, and prove that it does the same."""
+
+    run: str = MISSING
+    """Run folder (RUN), or a published SAE folder (RUN/saes/NAME)."""
+    format: str = MISSING
+    """saelens, sparsify, merged (both in one folder), dictionary_learning, openmoss, gemma_scope, or
+    circuit_tracer (a run's transcoders of all layers)."""
+    out: str = MISSING
+    """Folder to make; nothing may be there."""
+    sae: str | None = None
+    """Which SAE of the run, if it has several."""
+    model: str | None = None
+    """Hub id of the model to write, where the run's own name for it is a folder."""
+    tokens: int = 2_048
+    """Held-out rows of the run to compare on. 0, or no run: random rows, and no model is loaded."""
+    dtype: str = "float32"
+    """float32 or bfloat16. In bfloat16 thresholds and biases are rounded too, and so are codes."""
+    trust_remote_code: bool = False
+    """Run the model's own Python code, as the run did. Taken from here only, never from the run's files."""
+
+    def __post_init__(self) -> None:
+        if self.tokens < 0:
+            raise InputError("tokens", self.tokens, "a whole number of at least 0")
+        if self.dtype not in EXPORT_DTYPES:
+            raise InputError("dtype", self.dtype, " or ".join(EXPORT_DTYPES))
+
+
+@dataclass
+class ImportConfig:
+    """`import`: make another library's SAE one of ours."""
+
+    path: str = MISSING
+    """Folder, or hf://USER/REPO/FOLDER@REVISION."""
+    out: str = MISSING
+    """Folder to make; RUN/saes/NAME lets `eval` judge it on that run's held-out rows."""
+    format: str | None = None
+    """As in `export`. Unset: told by the names of the files."""
+    hook: str | None = None
+    """Hook that it reads, where the files do not say or say it otherwise."""
+    target: str | None = None
+    """Hook that a transcoder reconstructs."""
+    model: str | None = None
+    """Model that it was trained on."""
+
+
+@dataclass
+class PublishCommandConfig:
+    """`publish`: put the SAEs of finished runs on the Hugging Face hub, in one commit, and read them back."""
+
+    run: Any = MISSING
+    """Run folder, or several for one repository: run=[A,B]."""
+    repo: str = MISSING
+    """USER/NAME. Made if it is not there; one that holds other files is refused."""
+    sae: str | None = None
+    """One SAE of the run, by its name. Unset: all of them."""
+    formats: list[str] | None = None
+    """Forms of each SAE: own, saelens, sparsify and the others of `sae-train export`. Unset: own, and saelens
+    where that can hold the SAE."""
+    private: bool = True
+    """Only for you. false is for everybody. A repository that is there has to be so already."""
+    license: str | None = None
+    """The hub's name of a licence, such as apache-2.0. Unset: the card says that none was stated."""
+    base_model: str | None = None
+    """USER/NAME of the model on the hub, if the run read a copy in a folder."""
+    datasets: list[str] | None = None
+    """USER/NAME of data sets on the hub. Unset: those that the runs name."""
+    replace: bool = False
+    """Delete what is in the repository and not in this publication."""
+    dry_run: bool = False
+    """List exactly what would go, and talk to nobody."""
+
+    def __post_init__(self) -> None:
+        if self.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]{0,60}", self.license):
+            raise InputError("license", self.license, "a name such as apache-2.0, mit or cc-by-4.0")
+
+
 def register() -> None:
     """Give Hydra a schema for every registry entry and every command."""
     store = ConfigStore.instance()
     store.store(name="train_schema", node=Config)
     store.store(name="harvest_schema", node=HarvestConfig)
     store.store(name="eval_schema", node=EvalCommandConfig)
+    store.store(name="publish_schema", node=PublishCommandConfig)
+    store.store(name="export_schema", node=ExportConfig)
+    store.store(name="import_schema", node=ImportConfig)
     discover("sae_train.activations")
     discover("sae_train.sae")
     discover("sae_train.metrics")
@@ -147,7 +234,7 @@ def to_config(composed: DictConfig) -> Any:
         if isinstance(error.__cause__, InputError):
             raise error.__cause__ from None
         key = str(getattr(error, "full_key", None) or "configuration")
-        raise InputError(key, "...", f"a value that can be used ({_first_line(error)})") from None
+        raise InputError(key, "...", f"a value that can be used ({first_line(error)})") from None
 
 
 def _refuse_added(node: DictConfig, prefix: str) -> None:
@@ -159,82 +246,6 @@ def _refuse_added(node: DictConfig, prefix: str) -> None:
             raise InputError(f"{prefix}{key}", node[key], nearest(key, sorted(declared)))
         if not OmegaConf.is_missing(node, key) and isinstance(node[key], DictConfig):
             _refuse_added(node[key], f"{prefix}{key}.")
-
-
-def members(config: Config, composed: DictConfig) -> list[MemberConfig]:
-    """The SAEs of a run: one per hook, or the named set in `saes`, each on top of the run's own recipe."""
-    hooks = config.hook if isinstance(config.hook, list) else [config.hook]
-    if not hooks:
-        raise InputError("hook", config.hook, "at least one hook name such as resid_post.12")
-    for hook in hooks:
-        if not isinstance(hook, str) or not hook:
-            raise InputError("hook", config.hook, "a hook name such as resid_post.12, or a list of them")
-    if len(set(hooks)) < len(hooks):
-        raise InputError("hook", config.hook, "each hook once")
-    targets = _for_each(hooks, "target", config.target, "hook name")
-    starts = _for_each(hooks, "start", config.start, "published SAE folder")
-    if config.saes is not None and not isinstance(config.saes, dict):
-        raise InputError(
-            "saes", config.saes, "names with what differs: saes={a: {sae: {activation: {k: 16}}}, b: {}}"
-        )
-    if not config.saes:
-        names = ["main"] if len(hooks) == 1 else [re.sub(r"[^A-Za-z0-9._-]", "_", hook) for hook in hooks]
-        return [
-            MemberConfig(name, hook, config.run.seed, config.sae, config.optim, target, start)
-            for name, hook, target, start in zip(names, hooks, targets, starts, strict=True)
-        ]
-    out = []
-    for name, differs in config.saes.items():
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
-            raise InputError("saes", name, "member names of letters, digits, dots, dashes and underscores")
-        if differs is not None and not isinstance(differs, dict):
-            raise InputError(f"saes.{name}", differs, "what differs: {sae: {activation: {k: 16}}}, or {}")
-        base = OmegaConf.create(
-            {"hook": hooks[0], "target": targets[0], "start": starts[0], "seed": config.run.seed}
-            | {"sae": composed.sae, "optim": composed.optim}
-        )
-        OmegaConf.set_struct(base, True)
-        try:
-            merged = OmegaConf.merge(base, differs or {})
-            typed = OmegaConf.to_object(merged)
-        except OmegaConfBaseException as error:
-            if isinstance(error.__cause__, InputError):
-                raise error.__cause__ from None
-            raise InputError(
-                f"saes.{name}",
-                differs,
-                f"keys of hook, target, start, seed, sae, optim ({_first_line(error)})",
-            ) from None
-        assert isinstance(typed, dict)
-        check_seed(f"saes.{name}.seed", typed["seed"])
-        if not isinstance(typed["hook"], str):
-            raise InputError(f"saes.{name}.hook", typed["hook"], "one hook name such as resid_post.12")
-        _for_each(hooks[:1], f"saes.{name}.target", typed["target"], "hook name")
-        _for_each(hooks[:1], f"saes.{name}.start", typed["start"], "published SAE folder")
-        out.append(
-            MemberConfig(
-                name=name,
-                hook=typed["hook"],
-                seed=typed["seed"],
-                sae=typed["sae"],
-                optim=typed["optim"],
-                target=typed["target"],
-                start=typed["start"],
-            )
-        )
-    return out
-
-
-def _for_each(hooks: list[str], key: str, value: Any, wanted: str) -> list[str | None]:
-    """A value of each hook, given one for all or a list.
-
-    Raises:
-        InputError: another number of them than there are hooks, or something that is no string.
-    """
-    values: list[str | None] = value if isinstance(value, list) else [value] * len(hooks)
-    if len(values) != len(hooks) or not all(v is None or (isinstance(v, str) and v) for v in values):
-        raise InputError(key, value, f"one {wanted} for each of {', '.join(hooks)}, or null")
-    return values
 
 
 def as_tree(config: Any) -> dict[str, Any]:
@@ -253,5 +264,5 @@ def run_folder(config: Config) -> Path:
     return Path("runs") / f"{config.run.name}-{digest}"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]

@@ -3,7 +3,8 @@
 import pytest
 
 from sae_train.cli.compose import compose, options
-from sae_train.config import members, to_config
+from sae_train.config import to_config
+from sae_train.member_set import members
 
 GIVEN = ["hook=resid_post.0", "source.path=folder", "source.paths=[a.safetensors]"]
 

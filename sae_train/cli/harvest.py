@@ -15,9 +15,10 @@ from sae_train.cli.compose import run_composed
 from sae_train.cli.folder import Ownership, owned
 from sae_train.cli.signals import StopSignals
 from sae_train.cli.wire import HELDOUT, wire
-from sae_train.config import HarvestConfig, members, to_config
+from sae_train.config import HarvestConfig, to_config
 from sae_train.devices import pick_device
 from sae_train.errors import InputError, StoppedEarly
+from sae_train.member_set import members
 from sae_train.shards.disk import ShardWriter
 from sae_train.shards.shard import ShardStream
 from sae_train.train.progress import Progress

@@ -18,12 +18,13 @@ from sae_train.cli.finish import finish, timed
 from sae_train.cli.folder import Ownership, owned
 from sae_train.cli.signals import StopSignals
 from sae_train.cli.wire import Wired, wire
-from sae_train.config import Config, as_tree, members, run_folder, to_config
+from sae_train.config import Config, as_tree, run_folder, to_config
 from sae_train.devices import native_bfloat16, pick_device
 from sae_train.errors import InputError
 from sae_train.evaluate import build_metrics, evaluate
 from sae_train.files import write_bytes
 from sae_train.log import METRICS_FILE, MetricLog, setup_logging
+from sae_train.member_set import members
 from sae_train.sae.base import SAES
 from sae_train.sae.io import load_sae
 from sae_train.train.clock import Clock

@@ -105,7 +105,7 @@ def _check_second(config: Config, hooks: list[str]) -> None:
     if second_hook and model.other is None and config.source.name == "stream":
         wanted = f"the second model, which hook={second_hook} is in: model.other=HUB_ID or a folder"
         raise InputError("model.other", None, wanted)
-    if model.other is not None and OTHER not in str((config.hook, config.target, config.saes)):
+    if model.other is not None and OTHER not in str((config.hook, config.target, config.saes, config.grid)):
         wanted = f"null, or a hook in the second model, which ends in {OTHER}: hook=NAME+NAME{OTHER}"
         raise InputError("model.other", model.other, wanted)
 

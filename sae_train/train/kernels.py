@@ -3,19 +3,21 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from sae_kernels import available_backends
 from sae_kernels.dispatch import select
 from torch import Tensor
 
+from sae_train.batch import RowBatch
 from sae_train.errors import InputError
 from sae_train.registry import nearest
 from sae_train.train.end_to_end import EndToEndStepper, SplicedModel
 from sae_train.train.fused import FusedStepper, cannot_fuse
 from sae_train.train.members import Member
 from sae_train.train.optim import CHOICES
-from sae_train.train.stepper import AutogradStepper, Stepper
+from sae_train.train.stepper import AutogradStepper, Step, Stepper
 
 logger = logging.getLogger("sae_train.train")
 
@@ -27,7 +29,8 @@ class KernelsConfig:
     backend: str = "auto"
     """auto takes for each op the first backend that can: cpu, triton, torch, reference. A name forces one."""
     stepper: str = "auto"
-    """fused computes a step in a few sparse ops, autograd as the loss says; auto fuses where that works."""
+    """fused computes a step in a few sparse ops, autograd as the loss says; auto fuses the steps of every
+    member of which that works."""
 
     def __post_init__(self) -> None:
         known = ["auto", *available_backends()]
@@ -40,6 +43,8 @@ class KernelsConfig:
 OPS = ("topk_encode", "sparse_decode", "gather_dot", "segment_rows", "dead_encode")
 """What every run may call; a backend asked for by name has to have them all."""
 FUSED_OPS = ("decode_residual", "latent_step")
+MAX_NAMED = 8
+"""Members that a line of the log names."""
 
 
 def choose_stepper(
@@ -50,7 +55,7 @@ def choose_stepper(
     through: SplicedModel | None = None,
     weight: float = 1.0,
 ) -> Stepper:
-    """The stepper of a run, all of its members together; says in the log which one it is and why.
+    """The stepper of a run; says in the log which it is, for which members if not for all, and why.
 
     Args:
         config: what was asked for.
@@ -67,27 +72,56 @@ def choose_stepper(
     missing = _cannot_run(config.backend, OPS, on_device)
     if missing is not None:
         raise InputError("kernels.backend", config.backend, f"auto, or one that runs here: {missing}")
-    reasons = [why for member in members if (why := cannot_fuse(member, accumulate, autocast)) is not None]
-    if (missing := _cannot_run(config.backend, FUSED_OPS, on_device)) is not None:
-        reasons.append(missing)
+    every = _cannot_run(config.backend, FUSED_OPS, on_device)  # a reason that holds for all members
     if through is not None:
-        reasons = [f"train.loss={through.loss_name} goes through the language model"]
-    if config.stepper == "fused" and reasons:
-        raise InputError("kernels.stepper", config.stepper, f"auto or autograd: {reasons[0]}")
-    if config.stepper == "autograd" or reasons:
-        why = "kernels.stepper=autograd" if config.stepper == "autograd" else reasons[0]
-        for optim in (member.config.optim for member in members):
-            if (key := optim.beyond_adam()) is not None:
-                plain = f"{CHOICES[key][0]}, or fused steps, which cannot be had: {why}"
-                raise InputError(f"optim.{key}", getattr(optim, key), plain)
-        logger.info("steps go through autograd: %s", why)
+        every = f"train.loss={through.loss_name} goes through the language model"
+    if config.stepper == "autograd":
+        every = "kernels.stepper=autograd"
+    reasons = {m.name: every or cannot_fuse(m, accumulate, autocast) for m in members}
+    unfused = {name: why for name, why in reasons.items() if why is not None}
+    first = next(iter(unfused.values()), "")
+    if config.stepper == "fused" and unfused:
+        raise InputError("kernels.stepper", config.stepper, "auto or autograd: " + first)
+    for member in members:
+        key = member.config.optim.beyond_adam()
+        if key is not None and member.name in unfused:
+            plain = f"{CHOICES[key][0]}, or fused steps, which cannot be had: {unfused[member.name]}"
+            raise InputError(f"optim.{key}", getattr(member.config.optim, key), plain)
+    if not unfused:
+        asked = config.stepper == "fused"
+        why = "kernels.stepper=fused" if asked else "every SAE is linear with top-k codes, under plain Adam"
+        logger.info("steps are fused: %s", why)
+        return FusedStepper(autocast)
+    if len(unfused) == len(members):
+        logger.info("steps go through autograd: %s", first)
         if through is not None:
             return EndToEndStepper(through, weight, accumulate, autocast)
         return AutogradStepper(accumulate, autocast)
-    asked = config.stepper == "fused"
-    why = "kernels.stepper=fused" if asked else "every SAE is linear with top-k codes, under plain Adam"
-    logger.info("steps are fused: %s", why)
-    return FusedStepper(autocast)
+    fused = [name for name in reasons if name not in unfused]
+    told = f"{len(fused)} of {len(members)} SAEs" if len(fused) > MAX_NAMED else ", ".join(fused)
+    logger.info("steps of %s are fused, the others go through autograd: %s", told, first)
+    return MixedStepper(fused, FusedStepper(autocast), AutogradStepper(accumulate, autocast))
+
+
+class MixedStepper:
+    """Each member as it can be: the steps of some are fused, those of the others go through autograd.
+
+    Args:
+        fused: names of the members whose steps are.
+        faster, other: what does them, and what does the rest.
+    """
+
+    def __init__(self, fused: Sequence[str], faster: Stepper, other: Stepper) -> None:
+        self.fused, self.faster, self.other = frozenset(fused), faster, other
+
+    def _of(self, member: Member) -> Stepper:
+        return self.faster if member.name in self.fused else self.other
+
+    def take(self, member: Member, rows: RowBatch) -> Any:
+        return self._of(member).take(member, rows)
+
+    def step(self, member: Member, batch: Any) -> Step:
+        return self._of(member).step(member, batch)
 
 
 def _cannot_run(backend: str, ops: Sequence[str], tensor: Tensor) -> str | None:

@@ -150,6 +150,12 @@ def test_members_on_several_hooks_train_as_they_would_alone(tiny, tmp_path):
     b = load_file(together / "saes/b/sae.safetensors")
     assert not torch.equal(a["w_enc"], b["w_enc"])
     assert json.loads((together / "saes/b/config.json").read_text())["sae"]["activation"]["k"] == 2
+    drawn = {
+        run: (run / "report.html").read_text().count("What the SAEs of this run trade")
+        for run in (together, alone)
+    }
+    assert drawn == {together: 1, alone: 0}
+    assert all("Wall time by what" in (run / "report.html").read_text() for run in drawn)
     hooks = tmp_path / "hooks"
     ok("train", *tiny, f"run.dir={hooks}", "hook=[resid_post.0,mlp_out.1]")
     assert sorted(p.name for p in (hooks / "saes").iterdir()) == ["mlp_out.1", "resid_post.0"]

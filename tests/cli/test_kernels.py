@@ -46,9 +46,11 @@ def said(run: Path) -> list[str]:
 def stop_after(patch: pytest.MonkeyPatch, steps: int) -> None:
     """A real SIGTERM in the step after which the run is to stop."""
     refresh = Member.begin_step
+    sent = []  # a second one would end the process at once
 
     def refresh_and_stop(member: Member, step: int) -> None:
-        if step == steps - 1:
+        if step == steps - 1 and not sent:
+            sent.append(step)
             os.kill(os.getpid(), signal.SIGTERM)
         refresh(member, step)
 
@@ -105,6 +107,31 @@ def test_a_run_may_go_on_with_other_kernels_and_is_warned(tiny, tmp_path, monkey
     first, second = said(run)
     assert "fused" in first and "autograd" in second
     assert "kernels.stepper was 'auto' and is now 'autograd'" in capsys.readouterr().err
+
+
+def test_saes_of_different_kinds_share_a_harvest_go_on_bit_for_bit_and_fuse_what_can_be(
+    tiny, tmp_path, monkeypatch
+):
+    kinds = (
+        "saes={a: {}, b: {sae: {activation: {name: jumprelu, target_l0: 4}}}, "
+        "c: {sae: {name: matryoshka}}, d: {optim: {name: muon}}}"
+    )
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main(["train", *tiny, kinds, f"run.dir={whole}"]) == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        assert main(["train", *tiny, kinds, f"run.dir={cut}"]) == 75
+    assert main(["train", *tiny, kinds, f"run.dir={cut}"]) == 0
+    for name in "abcd":
+        one, other = (load_file(run / "saes" / name / "sae.safetensors") for run in (whole, cut))
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), name
+    log = (whole / "train.log").read_text()
+    assert "steps of a are fused, the others go through autograd: b is not a linear SAE" in log
+    # what a trains to does not depend on who trains beside it
+    alone = tmp_path / "alone"
+    assert main(["train", *tiny, f"run.dir={alone}"]) == 0
+    one, other = (load_file(path / "sae.safetensors") for path in (whole / "saes/a", alone / "saes/main"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 STATES = ["optim.moments=bfloat16", "optim.clip_norm=lagged", "optim.rows=active", "optim.beta1=0"]

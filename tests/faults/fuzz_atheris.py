@@ -29,7 +29,7 @@ from faults.hostile_files import join, seal, split
 from sae_train.activations.topk import TopKConfig
 from sae_train.checkpoint import Checkpointer
 from sae_train.cli.compose import compose
-from sae_train.config import members, to_config
+from sae_train.config import to_config
 from sae_train.errors import InputError
 from sae_train.files import (
     CorruptFile,
@@ -42,6 +42,7 @@ from sae_train.files import (
 )
 from sae_train.harvest.texts import clean
 from sae_train.harvest.windows import pieces
+from sae_train.member_set import members
 from sae_train.sae.io import CONFIG, WEIGHTS, load_sae, save_sae
 from sae_train.sae.linear import LinearConfig, LinearSAE
 from sae_train.shards.disk import DiskShards

@@ -286,6 +286,28 @@ def without_closed_form() -> Member:
     return member
 
 
+def test_in_a_run_of_both_kinds_each_member_is_stepped_as_it_would_be_alone(caplog):
+    caplog.set_level(logging.INFO, logger="sae_train.train")
+    linear, other = make_member(), without_closed_form()
+    other.name = "other"
+    alone = copy.deepcopy(linear), copy.deepcopy(other)
+    stepper = choose_stepper(KernelsConfig(), [linear, other], 1, None)
+    (said,) = [r.message for r in caplog.records if "step" in r.message]
+    assert said.startswith(
+        "steps of main are fused, the others go through autograd: other is not a linear SAE"
+    )
+    for member in (linear, other):
+        train(member, stepper, 0, 5)
+    for member, twin, own in zip((linear, other), alone, (FusedStepper(), AutogradStepper()), strict=True):
+        train(twin, own, 0, 5)
+        expected, found = tensors(twin), tensors(member)
+        assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    # the two ways differ in their last bits, so the assertion above can tell them apart
+    swapped = make_member()
+    train(swapped, AutogradStepper(), 0, 5)
+    assert not torch.equal(swapped.sae.w_enc, linear.sae.w_enc)
+
+
 class OtherLoss(LinearSAE):
     """A subclass with another loss, which a fused step would not compute."""
 
@@ -343,13 +365,13 @@ def test_where_steps_cannot_be_fused_autograd_is_chosen_and_the_reason_is_said(
     caplog, make, accumulate, reason
 ):
     caplog.set_level(logging.INFO, logger="sae_train.train")
-    members = [make_member(), make()]
+    members = [make()]
     stepper = choose_stepper(KernelsConfig(), members, accumulate, torch.bfloat16)
     assert isinstance(stepper, AutogradStepper)
     assert (stepper.accumulate, stepper.autocast) == (accumulate, torch.bfloat16)
     assert reason in caplog.text and "autograd" in caplog.text
     with pytest.raises(InputError, match=rf"kernels\.stepper='fused'.*{reason}"):
-        choose_stepper(KernelsConfig(stepper="fused"), members, accumulate, None)
+        choose_stepper(KernelsConfig(stepper="fused"), [make_member(), *members], accumulate, None)
 
 
 def test_every_registered_activation_has_a_closed_form_or_says_that_it_has_none():

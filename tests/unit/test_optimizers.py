@@ -17,9 +17,10 @@ from sae_train.activations.topk import TopKConfig
 from sae_train.batch import Batch
 from sae_train.checkpoint import Checkpointer
 from sae_train.cli.compose import compose, options
-from sae_train.config import members, to_config
+from sae_train.config import to_config
 from sae_train.errors import InputError
 from sae_train.losses import fvu
+from sae_train.member_set import members
 from sae_train.sae.linear import LinearConfig, LinearSAE
 from sae_train.train.fused import cannot_fuse
 from sae_train.train.kernels import KernelsConfig, choose_stepper
@@ -220,10 +221,12 @@ def test_a_library_that_is_not_installed_is_named_with_how_to_install_it(name, m
 def test_only_adam_has_fused_steps(name):
     member, plain = make_member(recipe(name)), make_member(recipe("adam"))
     assert cannot_fuse(plain, 1) is None
-    assert "is not optimised by one plain Adam" in str(cannot_fuse(member, 1))
-    assert isinstance(choose_stepper(KernelsConfig(), [plain, member], 1, None), AutogradStepper)
+    assert "main is not optimised by one plain Adam" in str(cannot_fuse(member, 1))
+    member.name = "other"
+    assert isinstance(choose_stepper(KernelsConfig(), [member], 1, None), AutogradStepper)
+    assert choose_stepper(KernelsConfig(), [plain, member], 1, None).fused == {"main"}
     with pytest.raises(
-        InputError, match=r"kernels\.stepper='fused'.*main is not optimised by one plain Adam"
+        InputError, match=r"kernels\.stepper='fused'.*other is not optimised by one plain Adam"
     ):
         choose_stepper(KernelsConfig(stepper="fused"), [plain, member], 1, None)
 
