@@ -42,6 +42,7 @@ class FeatureStats:
     @torch.no_grad()
     def update(self, codes: Codes) -> None:
         """Count one batch of codes. Never synchronises with the host."""
+        codes = codes.rows()
         values = codes.values.detach()
         # The optimizer skips a batch with non-finite codes; they must not stay here for ever either.
         values = torch.where(torch.isfinite(values), values, 0)

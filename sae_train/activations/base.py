@@ -41,6 +41,25 @@ class Activation(nn.Module, ABC):
         """
         return self(functional.linear(x, w, b))
 
+    def encode_traced(self, x: Tensor, w: Tensor, b: Tensor) -> Codes:
+        """`encode` in a form that torch.compile takes whole, without a break in the graph.
+
+        Where the number of active latents differs from row to row, no graph knows the shape of sparse codes
+        before it runs. So the default is dense, and so is the product that decodes it.
+        """
+        return self(functional.linear(x, w, b))
+
+    def own_threshold(self, latents: Tensor) -> Tensor | None:
+        """The pre-activation above which a latent is active, with that value, whatever the others do.
+
+        Args:
+            latents: [L] int64.
+
+        Returns:
+            [L] or a scalar, never negative; None (the default) where latents compete.
+        """
+        return None
+
     def encode_training(self, x: Tensor, w: Tensor, b: Tensor) -> Codes:
         """Codes while training, where a batch may be looked at as a whole and what is learned about
         thresholds is noted. Default: those of `encode`."""

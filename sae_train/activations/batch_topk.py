@@ -61,6 +61,9 @@ class BatchTopK(AnnealedK):
     def encode(self, x: Tensor, w: Tensor, b: Tensor) -> Codes:
         return rectangle(*threshold_encode(x, w, b, self.threshold), self.d_sae)
 
+    def own_threshold(self, latents: Tensor) -> Tensor:
+        return self.threshold.clamp_min(0)
+
     def encode_training(self, x: Tensor, w: Tensor, b: Tensor) -> Codes:
         values, indices, offsets = batch_topk_encode(x, w, b, self.k)
         self._learn(values.detach())

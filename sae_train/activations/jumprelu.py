@@ -102,6 +102,9 @@ class JumpReLU(Activation):
     def encode(self, x: Tensor, w: Tensor, b: Tensor) -> Codes:
         return rectangle(*threshold_encode(x, w, b, self.level().detach()), self.d_sae)
 
+    def own_threshold(self, latents: Tensor) -> Tensor:
+        return self.level().detach().index_select(0, latents)
+
     def encode_training(self, x: Tensor, w: Tensor, b: Tensor) -> Codes:
         with torch.no_grad():
             self.threshold.clamp_(min=0)  # what fell further would take as long to come back

@@ -79,6 +79,9 @@ class ReLU(Activation):
     def forward(self, pre: Tensor) -> Codes:
         return Codes(torch.relu(pre), None, self.d_sae)
 
+    def own_threshold(self, latents: Tensor) -> Tensor:
+        return torch.zeros((), device=latents.device)
+
     def encode_training(self, x: Tensor, w: Tensor, b: Tensor) -> Codes:
         codes = self(functional.linear(x, w, b).float())
         self.width = x.shape[-1]

@@ -10,9 +10,9 @@ codes then stay meaningful where more latents are used than in training.
 from dataclasses import dataclass
 
 import torch
-from sae_kernels import topk_encode
 from torch import Tensor
 
+from sae_train import ops
 from sae_train.activations.annealed_k import AnnealedK, AnnealedKConfig
 from sae_train.activations.base import ACTIVATIONS
 from sae_train.codes import Codes
@@ -44,8 +44,11 @@ class TopK(AnnealedK):
     config: TopKConfig
 
     def encode(self, x: Tensor, w: Tensor, b: Tensor) -> Codes:
-        values, indices = topk_encode(x, w, b, self.k)
+        values, indices = ops.topk_encode(x, w, b, self.k)
         return Codes(values, indices, self.d_sae)
+
+    def encode_traced(self, x: Tensor, w: Tensor, b: Tensor) -> Codes:
+        return self.encode(x, w, b)
 
     def forward(self, pre: Tensor) -> Codes:
         values, indices = torch.relu(pre).topk(self.k, dim=-1, sorted=False)
@@ -54,5 +57,5 @@ class TopK(AnnealedK):
     def also_reconstruct(self, x: Tensor, w: Tensor, b: Tensor) -> dict[str, tuple[float, Codes]]:
         if self.config.multi == 0:
             return {}
-        values, indices = topk_encode(x, w, b, min(MULTI * self.k, self.d_sae))
+        values, indices = ops.topk_encode(x, w, b, min(MULTI * self.k, self.d_sae))
         return {"multi_topk": (self.config.multi, Codes(values, indices, self.d_sae))}

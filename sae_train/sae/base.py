@@ -6,13 +6,16 @@ sparse gathers and per-latent updates read rows and sharding latents is sharding
 While it trains, an SAE works in scaled units: the rows of each hook are multiplied by a number, so that
 their mean distance from their centre is sqrt(D), which makes one learning rate serve every model and layer.
 `folded()` moves the scales into the weights; a published SAE takes raw activations and has scales of 1.
+
+`encode`, `decode` and `forward` take activations as a model has them: `[..., D]`, of any floating dtype, on
+any device. An architecture computes with rows, [N, D], in float32.
 """
 
 import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -166,25 +169,114 @@ class SAE(nn.Module, ABC):
     def code_scale(self) -> Tensor:
         """Scalar by which `folded()` divides codes."""
 
-    @abstractmethod
     def encode(self, x: Tensor) -> Codes:
-        """x [N, d_in] raw activations -> codes of N rows."""
+        """The codes of raw activations.
+
+        Args:
+            x: [..., d_in], floating; on another device than the weights it is copied to theirs.
+
+        Returns:
+            Codes whose rows stand as those of x, `values` [..., K] in float32, on the device of the weights.
+
+        Raises:
+            InputError: x is not floating, or not d_in wide.
+        """
+        codes = self.encode_rows(self.taken(x).reshape(-1, self.d_in))
+        return codes if x.dim() == 2 else codes.reshape(x.shape[:-1])
+
+    def encode_latents(self, x: Tensor, latents: Tensor | Sequence[int]) -> Tensor:
+        """Activations of a few latents only, as they are in the codes of all.
+
+        Where a latent is active whatever the others do (ReLU, thresholds) only these latents are computed, so
+        values are those of `encode` to rounding. Where latents compete all have to be looked at, as `encode`
+        does, a bounded number of pre-activations at a time, and values are those of `encode` to the bit.
+
+        Args:
+            x: as in `encode`.
+            latents: [L] whole numbers from 0 to d_sae - 1, in any order.
+
+        Returns:
+            [..., L] float32, 0 where a latent is not active; on the device of the weights.
+
+        Raises:
+            InputError: as `encode`; or latents are not such numbers.
+        """
+        chosen = self.chosen(latents)
+        values = self.encode_latent_rows(self.taken(x).reshape(-1, self.d_in), chosen)
+        return values.reshape(*x.shape[:-1], len(chosen))
 
     @abstractmethod
     def decode(self, codes: Codes) -> Tensor:
-        """Codes of N rows -> [N, d_out] reconstruction in the units of the raw activations."""
+        """Codes -> [..., d_out] reconstruction in the units of the raw activations.
+
+        It is computed in float32 and given in the dtype of `codes.values`: float32, as `encode` makes them.
+        What a skip connection adds is not in it; `reconstruct` and `forward` have that too.
+
+        Raises:
+            InputError: codes of another number of latents.
+        """
+
+    def reconstruct(self, x: Tensor, codes: Codes) -> Tensor:
+        """Activations [..., d_in] and their codes -> what `decode` gives, and what a skip connection adds."""
+        return self.decode(codes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., d_in] -> [..., d_out], its reconstruction or a transcoder's guess of the target.
+
+        Computed in float32, then given in the dtype of x and on its device. Raises InputError as `encode`.
+        """
+        return self.reconstruct(x, self.encode(x)).to(x)
+
+    @abstractmethod
+    def directions(self, latents: Tensor | Sequence[int]) -> Tensor:
+        """latents [L] -> [L, d_out]: what a unit of each adds to a reconstruction, in raw units.
+
+        Raises:
+            InputError: as `encode_latents`.
+        """
+
+    @abstractmethod
+    def encode_rows(self, x: Tensor) -> Codes:
+        """What `encode` does with rows: x [N, d_in] -> codes [N, K]."""
+
+    @abstractmethod
+    def encode_latent_rows(self, x: Tensor, latents: Tensor) -> Tensor:
+        """What `encode_latents` does with rows: x [N, d_in], latents [L] int64 in range -> [N, L]."""
 
     def magnitudes(self, active: Codes) -> Codes:
         """What the activation makes of pre-activations -> codes: the same, unless values are set apart."""
         return active
 
-    def reconstruct(self, x: Tensor, codes: Codes) -> Tensor:
-        """[N, d_out] from rows and their codes: what `decode` gives, and a skip connection adds."""
-        return self.decode(codes)
+    def taken(self, x: Tensor) -> Tensor:
+        """Raw activations, found to be [..., d_in] and floating, on the device of the weights."""
+        if not x.is_floating_point() or x.shape[-1:] != (self.d_in,):
+            found = f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"
+            raise InputError("x", found, f"floating point activations of shape [..., {self.d_in}]")
+        return x.to(self.input_scale.device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """reconstruct(x, encode(x))"""
-        return self.reconstruct(x, self.encode(x))
+    def chosen(self, latents: Tensor | Sequence[int]) -> Tensor:
+        """[L] int64 on the device of the weights, once they are found to be numbers of latents."""
+        wanted = f"a list of whole numbers from 0 to {self.d_sae - 1}"
+        try:
+            found = torch.as_tensor(latents, device=self.input_scale.device)
+        except (TypeError, ValueError, RuntimeError):
+            raise InputError("latents", str(latents)[:80], wanted) from None
+        found = found if found.numel() > 0 else found.long()
+        if found.dim() != 1 or found.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
+            raise InputError(
+                "latents", f"{str(found.dtype).removeprefix('torch.')} {list(found.shape)}", wanted
+            )
+        outside = found[(found < 0) | (found >= self.d_sae)]
+        if len(outside):
+            raise InputError("latents", int(outside[0]), wanted)
+        return found.long()
+
+    def usable(self, codes: Codes) -> Codes:
+        """Codes that this SAE's latents can have, their values at least float32."""
+        if codes.d_sae != self.d_sae:
+            raise InputError("codes", f"{codes.d_sae} latents", f"codes of {self.d_sae} latents")
+        wide = torch.promote_types(codes.values.dtype, torch.float32)
+        return codes if codes.values.dtype == wide else replace(codes, values=codes.values.to(wide))
 
     @abstractmethod
     def preactivations(self, x: Tensor, features: Tensor | slice = slice(None)) -> Tensor:

@@ -18,10 +18,10 @@ not in the paper, opens the gates of dead latents; it leaves magnitudes alone.
 from dataclasses import dataclass, replace
 
 import torch
-from sae_kernels import gather_dot
 from torch import Tensor, nn
 
 from sae_train.codes import Codes
+from sae_train.ops import gather_dot
 from sae_train.places import Widths
 from sae_train.sae.base import SAES
 from sae_train.sae.linear import LinearConfig, LinearSAE

@@ -85,7 +85,7 @@ def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SAE:
     folder = Path(path)
     for name in (CONFIG, WEIGHTS):
         _require_regular(folder, name)
-    sae = _skeleton(folder / CONFIG)
+    sae = skeleton(folder / CONFIG)
     tensors = _read_weights(folder / WEIGHTS, sae.state_dict())
     for name in ("input_scale", "output_scale"):
         if name in tensors and bool((tensors[name] != 1).any()):
@@ -119,7 +119,7 @@ def _require_regular(folder: Path, name: str) -> None:
         raise InputError("path", str(folder), f"{wanted} ({name} is not a regular file)")
 
 
-def _skeleton(path: Path) -> SAE:
+def skeleton(path: Path) -> SAE:
     """The SAE that config.json describes, on the meta device: shapes without memory."""
     try:
         data = _object(CONFIG, read_json(path, MAX_CONFIG_BYTES))

@@ -16,6 +16,7 @@ Shabalin & Belrose 2025, arXiv:2501.18823). Transcoders: Dunefsky et al. 2024 (a
 Lindsey et al. 2024, "Sparse Crosscoders for Cross-Layer Features and Model Diffing".
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,7 @@ from sae_train.errors import InputError
 from sae_train.losses import Losses, auxk, dead_reconstruction
 from sae_train.places import Widths
 from sae_train.sae.base import SAE, SAES, LinearLatents, SAEConfig, one_per_hook, per_column
+from sae_train.sae.inference import values_of
 from sae_train.sae.init import geometric_median, mean_targets, unit_rows
 
 FIT_ROWS = 1024
@@ -75,16 +77,37 @@ class LinearSAE(SAE):
         scale = self.output_scale if self.transcodes else self.input_scale
         return scale if scale.dim() == 0 else scale.log().mean().exp()  # the inverse scales give its inverse
 
-    def encode(self, x: Tensor) -> Codes:
-        return self.magnitudes(self.activation.encode(self._read(x), self.w_enc, self.b_enc))
+    def encode_rows(self, x: Tensor) -> Codes:
+        x = self._read(x)
+        # Weights are float32 and no copy is made, unless somebody has cast them.
+        w, b = self.w_enc.to(x.dtype), self.b_enc.to(x.dtype)
+        if torch.compiler.is_compiling():
+            return self.magnitudes(self.activation.encode_traced(x, w, b))
+        return self.magnitudes(self.activation.encode(x, w, b))
+
+    def encode_latent_rows(self, x: Tensor, latents: Tensor) -> Tensor:
+        level = self.activation.own_threshold(latents)
+        if level is None:
+            return values_of(self.encode_rows(x), latents)
+        x = self._read(x)
+        w, b = (of_all.index_select(0, latents).to(x.dtype) for of_all in (self.w_enc, self.b_enc))
+        pre = functional.linear(x, w, b)
+        active = Codes(torch.where(pre > level, pre, 0), latents.int().expand(len(x), -1), self.d_sae)
+        return self.magnitudes(active).values
 
     def decode(self, codes: Codes) -> Tensor:
-        return (codes.decode(self.w_dec) + self.b_dec) / self.scale_out()
+        made = (self.usable(codes).decode(self.w_dec) + self.b_dec) / self.scale_out()
+        return made.to(codes.values.dtype)
 
     def reconstruct(self, x: Tensor, codes: Codes) -> Tensor:
         if not self.config.skip:
             return self.decode(codes)
-        return (codes.decode(self.w_dec) + self._base(self._read(x))) / self.scale_out()
+        beside = self._base(self._read(self.taken(x)))
+        made = (self.usable(codes).decode(self.w_dec) + beside) / self.scale_out()
+        return made.to(codes.values.dtype)
+
+    def directions(self, latents: Tensor | Sequence[int]) -> Tensor:
+        return self.w_dec.index_select(0, self.chosen(latents)) / self.scale_out()
 
     def preactivations(self, x: Tensor, features: Tensor | slice = slice(None)) -> Tensor:
         return functional.linear(self._read(x), self.w_enc[features], self.b_enc[features])
@@ -110,7 +133,9 @@ class LinearSAE(SAE):
 
     def _base(self, x: Tensor) -> Tensor:
         """Encoder inputs x -> the scaled reconstruction without latents: [d_out]; with a skip [N, d_out]."""
-        return self.b_dec + functional.linear(x, self.w_skip) if self.config.skip else self.b_dec
+        if not self.config.skip:
+            return self.b_dec
+        return self.b_dec + functional.linear(x, self.w_skip.to(x.dtype))
 
     def _training_codes(self, x: Tensor, target: Tensor) -> tuple[Codes, dict[str, Tensor]]:
         """Codes of encoder inputs x, and loss terms of the encoder's own.

@@ -46,11 +46,14 @@ def take_over(sae: SAE, published: SAE, path: str) -> None:
     sae.fold_()
     for name, tensor in frame.items():
         here[name].copy_(tensor)
-    # Rows of several hooks are unit vectors together only in the scales they were trained in. What these
-    # rows' scales make of their lengths goes to the encoder; a threshold or a top-k sees it, a relu does not.
+    # Rows of several hooks are unit vectors together only in the scales they were trained in, and those of
+    # another library's SAE need not be. Their lengths go to the encoder and to thresholds of each latent; a
+    # top-k, or a threshold that all latents share, sees the difference.
     norm = here["w_dec"].norm(dim=-1)
+    norm = torch.where(norm > 0, norm, 1)
     here["w_dec"].div_(norm[:, None])
     here["w_enc"].mul_(norm[:, None])
     here["b_enc"].mul_(norm)
-    if "b_mag" in here:  # of a gated SAE's magnitudes
-        here["b_mag"].mul_(norm)
+    for name in ("b_mag", "activation.threshold"):  # of a gated SAE's magnitudes, of a JumpReLU
+        if name in here and here[name].shape == norm.shape:
+            here[name].mul_(norm)

@@ -104,7 +104,7 @@ def test_shapes_and_dtypes(sae, places):
     assert torch.equal(sae(x), sae.reconstruct(x, codes))
     out = sae.losses(Batch(x, y), SOME_DEAD)
     assert out.y_hat.shape == y.shape and out.total.shape == ()
-    assert sae(x.bfloat16()).dtype == torch.float32
+    assert sae(x.bfloat16()).dtype == torch.bfloat16
 
 
 def test_preactivations_of_some_latents_are_those_of_all(sae, places):

@@ -61,6 +61,20 @@ def test_it_computes_what_the_published_one_does_and_publishes_the_same(name, ac
         torch.testing.assert_close(tensor, published.state_dict()[key], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("activation", ["relu", "jumprelu"])
+@pytest.mark.parametrize("name", ["linear", "gated"])
+def test_decoder_rows_of_other_lengths_become_unit_rows_and_nothing_else_changes(name, activation):
+    old, new = build(name, activation, "autoencoder", 0), build(name, activation, "autoencoder", 7)
+    published = old.folded()
+    with torch.no_grad():  # as other libraries leave them; one latent has no decoder at all
+        published.w_dec.mul_(torch.linspace(0, 4, F)[:, None])
+    take_over(new, published, "there")
+    x = rows(50, KINDS["autoencoder"].inputs, 3)
+    torch.testing.assert_close(new(x), published(x), rtol=1e-4, atol=1e-4)
+    assert torch.equal(new.encode(x).dense()[:, 1:] > 0, published.encode(x).dense()[:, 1:] > 0)
+    assert (new.w_dec.norm(dim=-1)[1:] - 1).abs().max() < 1e-6 and not new.w_dec[0].any()
+
+
 def test_another_kind_another_width_and_other_options_are_refused():
     sae = build("linear", "topk", "autoencoder", 0)
     for other, field in (
