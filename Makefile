@@ -6,6 +6,8 @@
 # make test-gpu   the tests that need a GPU, at real sizes
 # make bench-gpu  check and time whole training steps on a GPU, beside dense torch and three other libraries
 # make bench-cpu  time a whole training step beside dense torch and three other libraries
+# make bench-quality  train our SAEs and three other libraries' on the same rows, and judge them alike
+# make test-interop  other libraries read what we export, and we read what they save
 # make venv     only the installation that the others share
 # make clean    remove .venv, .venv-bench and what tools left behind (runs/ stays)
 #
@@ -37,6 +39,8 @@ PEERS := sparsify dictionary_learning saelens
 PEER_sparsify := eai-sparsify==1.3.3
 PEER_dictionary_learning := dictionary-learning==0.1.0
 PEER_saelens := sae-lens==6.54.12
+# Of this one the readers alone, for test-interop: they need nothing that SAELens' environment has not.
+CIRCUIT_TRACER := circuit-tracer==0.5.0
 PEER_TORCH := $(shell grep '^torch==' constraints.txt)
 PEER_KEY := $(shell echo $(PEER_TORCH) $(foreach p,$(PEERS),$(PEER_$(p))) | cksum | cut -d ' ' -f 1)
 # NAME=PATH of those that could be installed; looked up when a recipe runs.
@@ -49,7 +53,7 @@ PEER_PIP = $(BENCH)/$*/bin/python -m pip --disable-pip-version-check
 TORCHAO = $(PIP_INSTALL) --constraint constraints.txt --no-deps --upgrade --target $(VENV)/optional torchao
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test chaos lint compile-gate test-gpu bench-gpu bench-cpu venv clean
+.PHONY: help demo test chaos lint compile-gate test-gpu bench-gpu bench-cpu bench-quality test-interop venv clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -81,6 +85,14 @@ bench-gpu: $(READY)-gguf $(PEERS:%=$(BENCH)/%/.installed-$(PEER_KEY))
 
 bench-cpu: $(READY)-gguf $(PEERS:%=$(BENCH)/%/.installed-$(PEER_KEY))
 	$(BIN)/python kernels/bench/peers_cpu.py $(ARGS)
+
+bench-quality: $(READY)-demo $(PEERS:%=$(BENCH)/%/.installed-$(PEER_KEY))
+	$(BIN)/python tests/quality/compare.py $(addprefix --peer-python ,$(PEER_PYTHONS)) $(ARGS)
+
+test-interop: $(READY)-test $(PEERS:%=$(BENCH)/%/.installed-$(PEER_KEY))
+	@test -e $(BENCH)/circuit_tracer || ! test -e $(BENCH)/saelens || $(BENCH)/saelens/bin/python -m pip \
+	  --disable-pip-version-check install $(QUIET) --no-deps --target $(BENCH)/circuit_tracer $(CIRCUIT_TRACER)
+	$(BIN)/pytest -m interop -rs tests/interop $(ARGS)
 
 venv: $(READY)-gguf
 

@@ -16,7 +16,7 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,7 @@ from typing import Any, Self
 
 from sae_train.errors import InputError
 from sae_train.redact import printable, redact
-from sae_train.sinks import Background, TensorBoardSink, WandbSink
+from sae_train.sinks import Artifact, Background, TensorBoardSink, WandbSink, upload_s
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +94,8 @@ class MetricLog:
         self._open(folder / METRICS_FILE, int(state.get("bytes", 0)))
         self._wandb_id: str | None = state.get("wandb_id")
         self._sinks: list[Background] = []
+        self._online = config.wandb and config.wandb_mode == "online"
+        self._upload_s = 0.0
         if config.wandb:
             self._wandb_id = self._wandb_id or uuid.uuid4().hex[:12]
             shown = redact(run_config)
@@ -158,6 +160,13 @@ class MetricLog:
             self._file.seek(self._bytes)
             self._torn = False
 
+    def keep(self, artifacts: Sequence[Artifact]) -> None:
+        """Hand files to the services that keep files; the end of the run waits longer for them."""
+        if self._sinks and artifacts:
+            self._upload_s = upload_s(artifacts) if self._online else 0.0
+            for sink in self._sinks:
+                sink.keep(artifacts)
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps. The lines it counts are on the device before it says so."""
         try:
@@ -167,8 +176,8 @@ class MetricLog:
         return {"bytes": self._bytes, "step": self._step, "wandb_id": self._wandb_id}
 
     def close(self, exit_code: int = 0) -> None:
-        """Finish wandb and TensorBoard, waiting at most 30 s in all, and close the file."""
-        deadline = time.monotonic() + FINISH_TIMEOUT_S
+        """Finish wandb and TensorBoard, waiting at most 30 s and what files take, and close the file."""
+        deadline = time.monotonic() + FINISH_TIMEOUT_S + self._upload_s
         for sink in self._sinks:
             sink.close(max(0.0, deadline - time.monotonic()), exit_code)
         if self.lost:

@@ -11,6 +11,8 @@ import logging
 import queue
 import threading
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -24,6 +26,36 @@ WANDB_TIMEOUT_S = 15.0
 """For wandb to connect, and again to upload the rest at the end. Half of the 30 s that a run waits."""
 
 
+UPLOAD_BYTES_PER_S = 4e6
+"""Files are given as long as a connection of this speed would take, at most MAX_UPLOAD_S."""
+MAX_UPLOAD_S = 900.0
+HAND_OVER_S = 5.0
+"""How long the run waits to hand files over to a sink that is behind."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """Files that belong together, for a service that keeps files.
+
+    Attributes:
+        name: letters, digits, dots, dashes and underscores.
+        type: "model" and the like, by which the service groups them.
+        files: name in the artifact -> where it lies; stays there, unchanged, until it is uploaded.
+        alias: a further name of this version.
+    """
+
+    name: str
+    type: str
+    files: dict[str, Path]
+    alias: str | None = None
+
+
+def upload_s(artifacts: Sequence[Artifact]) -> float:
+    """How long an upload may take."""
+    size_bytes = sum(path.stat().st_size for artifact in artifacts for path in artifact.files.values())
+    return min(WANDB_TIMEOUT_S + size_bytes / UPLOAD_BYTES_PER_S, MAX_UPLOAD_S)
+
+
 class Sink(Protocol):
     name: str
 
@@ -31,14 +63,17 @@ class Sink(Protocol):
 
     def write(self, step: int, scalars: dict[str, float]) -> None: ...
 
+    def keep(self, artifacts: Sequence[Artifact]) -> None: ...
+
     def close(self, exit_code: int) -> None: ...
 
 
 class WandbSink:
     """Weights & Biases. Offline it needs no network and no account: `wandb sync` uploads the folder later.
 
-    Only the scalars and the redacted configuration are handed over: no code, git state, command line, package
-    list, machine facts or console output, any of which may hold what the user did not mean to publish.
+    Only the scalars, the redacted configuration and, at the end, what the run has published are handed over:
+    no code, git state, command line, package list, machine facts or console output, any of which may hold
+    what the user did not mean to publish.
     """
 
     name = "wandb"
@@ -84,6 +119,21 @@ class WandbSink:
     def write(self, step: int, scalars: dict[str, float]) -> None:
         self._run.log(scalars, step=step)
 
+    def keep(self, artifacts: Sequence[Artifact]) -> None:
+        """Weights, statistics and the report. Offline the record says where they lie: nothing is copied."""
+        import wandb
+
+        logged = []
+        for artifact in artifacts:
+            made = wandb.Artifact(artifact.name, type=artifact.type)
+            for name, path in artifact.files.items():
+                made.add_file(str(path), name=name, skip_cache=True, policy="immutable")
+            logged.append(self._run.log_artifact(made, aliases=[artifact.alias] if artifact.alias else None))
+        if self.mode == "online":
+            deadline = time.monotonic() + upload_s(artifacts)
+            for one in logged:
+                one.wait(timeout=max(1, int(deadline - time.monotonic())))
+
     def close(self, exit_code: int) -> None:
         self._run.finish(exit_code=exit_code)
 
@@ -105,6 +155,9 @@ class TensorBoardSink:
     def write(self, step: int, scalars: dict[str, float]) -> None:
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
+
+    def keep(self, artifacts: Sequence[Artifact]) -> None:
+        """TensorBoard keeps no files."""
 
     def close(self, exit_code: int) -> None:
         self._writer.close()
@@ -145,22 +198,22 @@ class Background:
         self.sink = sink
         self.dropped = 0
         self._exit_code = 0
-        self._queue: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue(queue_writes)
+        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(queue_writes)
         self._thread = threading.Thread(target=self._work, name=sink.name, daemon=True)
         self._thread.start()
 
     def _work(self) -> None:
         with _Reported(self.sink.name):
             self.sink.open()
-            while (item := self._queue.get()) is not None:
-                self.sink.write(*item)
+            while (work := self._queue.get()) is not None:
+                work()
             self.sink.close(self._exit_code)
 
     def put(self, step: int, scalars: dict[str, float]) -> None:
         """Hand over numbers without waiting. Dropped once the sink has stopped or is 1,024 writes behind."""
         try:
             if self._thread.is_alive():
-                self._queue.put_nowait((step, scalars))
+                self._queue.put_nowait(lambda: self.sink.write(step, scalars))
         except queue.Full:
             self.dropped += 1
             if self.dropped == 1:
@@ -169,6 +222,15 @@ class Background:
                     self.sink.name,
                     step,
                 )
+
+    def keep(self, artifacts: Sequence[Artifact]) -> None:
+        """Hand over files, waiting a few seconds where the sink is behind; then they stay where they are."""
+        try:
+            if self._thread.is_alive():
+                self._queue.put(lambda: self.sink.keep(artifacts), timeout=HAND_OVER_S)
+        except queue.Full:
+            names = ", ".join(artifact.name for artifact in artifacts)
+            logger.warning("%s does not keep up: it did not get %s", self.sink.name, names)
 
     def close(self, timeout_s: float, exit_code: int = 0) -> None:
         """Let the sink write what is queued and finish, for at most `timeout_s`; then leave it behind."""

@@ -52,7 +52,9 @@ FLAGS = {
 FIXED = ("/tmp", "/var/tmp", "/dev/shm")
 """Shared folders: a fixed name in one can be taken first by another user."""
 SAFE_LOAD = {"kernels/bench/peers/protocol.py", "kernels/bench/gpu_reference.py"}
-"""Where torch.load may be called, and only with weights_only=True: benchmarks, for tensors of their own."""
+SAFE_LOAD |= {"sae_train/formats/torch_file.py"}
+"""Where torch.load may be called, and only with weights_only=True: benchmarks, for tensors of their own, and
+the one format that is a pickle."""
 
 
 def names(tree: ast.Module) -> dict[str, str]:

@@ -21,7 +21,7 @@ LAYERS: list[list[tuple[set[str], set[str]]]] = [
     [
         (
             {"errors", "registry", "seeds", "devices", "codes", "batch", "places", "stop", "ranks"}
-            | {"files", "redact", "sinks", "log"},
+            | {"files", "redact", "sinks", "log", "ops"},
             {"torch", "safetensors", "xxhash", "wandb"},
         )
     ],
@@ -36,14 +36,21 @@ LAYERS: list[list[tuple[set[str], set[str]]]] = [
         ({"shards"}, {"torch", "numpy", "safetensors", "xxhash"}),
     ],
     [({"sae"}, {"torch", "safetensors", "psutil"})],
-    [({"stats"}, {"torch"})],
+    [({"stats"}, {"torch"}), ({"attach"}, {"torch"})],
     [({"metrics"}, {"torch"}), ({"checkpoint"}, {"torch", "safetensors"})],
     [
         ({"train"}, {"torch", "numpy", "rich", "psutil", "schedulefree", "torchao"}),
         ({"evaluate"}, {"torch"}),
     ],
     [({"report"}, {"numpy", "rich", "jinja2", "matplotlib", "yaml"})],
-    [({"config"}, {"hydra", "omegaconf"})],
+    [
+        (
+            {"formats", "hub"},
+            {"torch", "numpy", "safetensors", "yaml", "psutil", "filelock", "huggingface_hub"},
+        )
+    ],
+    [({"load"}, {"torch"})],
+    [({"config", "member_set"}, {"hydra", "omegaconf"})],
     [
         (
             {"cli", "demo", "__main__"},

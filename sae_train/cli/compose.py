@@ -6,6 +6,7 @@ from collections.abc import Callable
 from importlib import resources
 
 import hydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -19,6 +20,8 @@ from sae_train.registry import nearest
 from sae_train.train.resume import flatten
 
 CONFIG_MODULE = "sae_train.conf"
+WITHOUT_GROUPS = ("eval", "export", "import", "publish")
+"""Verbs whose keys are few and stand alone: none of them picks a file of conf/."""
 STRANGE = (ValueError, TypeError, AttributeError, LookupError, AssertionError, RecursionError)
 """What Hydra and its parser raise about values that they did not think of, such as sae=1."""
 
@@ -33,7 +36,13 @@ def compose(verb: str, overrides: list[str]) -> DictConfig:
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_module(CONFIG_MODULE, version_base="1.3"):
-            return hydra.compose(config_name=verb, overrides=overrides)
+            if verb not in WITHOUT_GROUPS:
+                return hydra.compose(config_name=verb, overrides=overrides)
+            # Hydra would take sae=NAME and model=NAME for the groups of those names, which train has.
+            config = hydra.compose(config_name=verb)
+            parsed = OverridesParser.create().parse_overrides(overrides)
+            ConfigLoaderImpl._apply_overrides_to_config(parsed, config)
+            return config
     except (HydraException, OmegaConfBaseException, *STRANGE) as error:
         raise _explain(verb, overrides, error) from None
 
@@ -131,4 +140,5 @@ def _known_keys(verb: str) -> list[str]:
     tree = OmegaConf.to_container(with_defaults, throw_on_missing=False)
     assert isinstance(tree, dict)
     groups = ["experiment", "sae", "sae.activation", "model", "corpus", "source", "optim", "logger"]
-    return sorted({*flatten({str(k): v for k, v in tree.items()}), *(groups if verb != "eval" else [])})
+    known = flatten({str(k): v for k, v in tree.items()})
+    return sorted({*known, *(groups if verb not in WITHOUT_GROUPS else [])})

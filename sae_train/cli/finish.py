@@ -4,6 +4,7 @@ import math
 import resource
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from sae_train import stop
+from sae_train.cli.artifacts import artifacts
 from sae_train.cli.wire import Wired
 from sae_train.config import Config, as_tree
 from sae_train.evaluate import HeldOut, Splice, evaluate
@@ -22,7 +24,7 @@ from sae_train.metrics.l0 import L0
 from sae_train.metrics.sharing import decoder_shares
 from sae_train.places import Places
 from sae_train.report import plots
-from sae_train.report.card import write_card
+from sae_train.report.card import describe, write_card
 from sae_train.report.html import MemberReport, ReportData, write_report
 from sae_train.report.table import final_table, final_text, time_table
 from sae_train.sae.io import save_sae
@@ -95,9 +97,10 @@ def finish(
     write_json(
         folder / "summary.json", {"members": {name: finite(r) for name, r in results.items()}} | summary
     )
-    time_plot = folder / "plots" / "time.png"
-    time_plot.parent.mkdir(exist_ok=True)
-    plots.time_share(seconds, time_plot)
+    (folder / "plots").mkdir(exist_ok=True)
+    drawn = {"time": plots.time_share(seconds, folder / "plots" / "time.png")}
+    if len(state.members) > 1:
+        drawn["pareto"] = plots.pareto(trade_offs(state.members, results), folder / "plots" / "pareto.png")
     report = folder / "report.html"
     write_report(
         report,
@@ -111,8 +114,11 @@ def finish(
             versions=record.versions,
             warnings=warnings(config, state, wired),
             summary=summary,
+            plots=drawn,
         ),
     )
+    if config.logger.wandb:
+        log.keep(artifacts(config, folder, [member.name for member in state.members]))
     print_results(results)
     for name, spent, share in time_table(seconds):
         print(f"  {name:<18} {spent:8.1f} s  {share:6.1%}")
@@ -122,6 +128,22 @@ def finish(
         f"peak memory {rss_bytes / 2**30:.2f} GiB"
     )
     print(f"report: {report}")
+
+
+def trade_offs(
+    members: list[Member], results: dict[str, dict[str, float]]
+) -> dict[str, dict[str, tuple[float, float]]]:
+    """What to draw of a set: SAEs of one kind at one place in a line, name -> (L0, FVU)."""
+    several = len({member.places for member in members}) > 1
+    series: dict[str, dict[str, tuple[float, float]]] = {}
+    for member in members:
+        config, numbers = member.config.sae, results[member.name]
+        legend = f"{config.name}, {config.activation.name}, {member.sae.d_sae:,} latents"
+        if several:
+            legend += f", {'+'.join(member.places.outputs)}"
+        point = (numbers.get("l0", math.nan), numbers.get("fvu", math.nan))
+        series.setdefault(legend, {})[member.name] = point
+    return series
 
 
 def timed(splice: Splice | None, clock: Clock) -> Splice | None:
@@ -181,11 +203,7 @@ def publish(
         drawn["shares"] = folder / "plots" / "shares.png"
         firing = more["decoder_shares"][member.stats.counts > 0, 1].cpu()
         plots.share_histogram(firing, (hooks[0], hooks[1]), drawn["shares"])
-    config, where = member.config.sae, f"{meta['hook']} (width {sae.d_in})"
-    if member.places.targets:
-        where += f" to {meta['target']} (width {sae.d_out})"
-    kind = "SAE" if config.kind == "autoencoder" else config.kind
-    description = f"{config.name} {kind}, {config.activation.name}, {sae.d_sae:,} latents on {where}"
+    description = describe(asdict(sae.config) | {"d_sae": sae.d_sae}, meta, sae.d_in, sae.d_out)
     write_card(folder / "README.md", description, numbers, meta)
     return MemberReport(name=member.name, description=description, metrics=numbers, plots=drawn)
 

@@ -7,11 +7,20 @@ from dataclasses import MISSING, fields, is_dataclass
 from itertools import pairwise
 from typing import Any
 
-from sae_train.cli.compose import options
-from sae_train.config import Config, EvalCommandConfig, HarvestConfig, register
+from sae_train.cli.compose import WITHOUT_GROUPS, options
+from sae_train.config import (
+    Config,
+    EvalCommandConfig,
+    ExportConfig,
+    HarvestConfig,
+    ImportConfig,
+    PublishCommandConfig,
+    register,
+)
 from sae_train.sae.linear import LinearConfig
 
-ROOTS = {"train": Config, "harvest": HarvestConfig, "eval": EvalCommandConfig}
+ROOTS: dict[str, type] = {"train": Config, "harvest": HarvestConfig, "eval": EvalCommandConfig}
+ROOTS |= {"export": ExportConfig, "import": ImportConfig, "publish": PublishCommandConfig}
 GROUPS = ("experiment", "model", "corpus", "source", "sae", "sae/activation", "optim", "logger")
 
 
@@ -19,9 +28,9 @@ def verb_help(verb: str) -> str:
     """Keys of a command with their defaults, and the options of every config group."""
     if verb == "status":
         return "usage: sae-train status run=DIR\n\n  run  the run folder\n"
-    choices = "" if verb == "eval" else "[experiment=NAME] [group=OPTION] "
+    choices = "" if verb in WITHOUT_GROUPS else "[experiment=NAME] [group=OPTION] "
     lines = [f"usage: sae-train {verb} {choices}[key=value ...] [--cfg job] [-m]", ""]
-    if verb != "eval":
+    if verb not in WITHOUT_GROUPS:
         register()
         lines += ["groups (key=OPTION picks a file; the keys below override single values):"]
         lines += [f"  {group + '=':<16} {', '.join(options(group))}" for group in GROUPS]
@@ -50,7 +59,7 @@ def _keys(cls: type, prefix: str) -> list[str]:
 def _nested(name: str, default: Any) -> type | None:
     if is_dataclass(default) and not isinstance(default, type):
         return type(default)
-    if name == "sae":
+    if name == "sae" and default == "???":
         return LinearConfig
     return None
 

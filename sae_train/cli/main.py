@@ -21,8 +21,13 @@ VERBS = {
     "train": "harvest activations and train SAEs on them; continues the run that is there",
     "harvest": "write activation shards to disk, once, for any number of runs",
     "eval": "held-out metrics of a run or of a published SAE",
+    "publish": "put the SAEs of finished runs on the Hugging Face hub",
+    "export": "an SAE in another library's format, proved by reading it back",
+    "import": "another library's SAE as one of ours",
     "status": "progress, rate and last checkpoint of a run",
 }
+MODULES = {"import": "import_sae"}
+"""Where a verb's module has another name."""
 
 
 OUTSIDE_ERRORS = {
@@ -88,7 +93,7 @@ def command(argv: list[str] | None) -> int:
             return 0
         # Each command pulls in torch and more; loading one only when it runs keeps --help immediate.
         with StopSignals():  # those seconds too: a scheduler may change its mind at any time
-            code: int = importlib.import_module(f"sae_train.cli.{verb}").run(rest)
+            code: int = importlib.import_module(f"sae_train.cli.{MODULES.get(verb, verb)}").run(rest)
         return code
     except (InputError, NumericsError, StoppedEarly) as error:
         print(shown(f"sae-train {verb}: {error}"), file=sys.stderr)

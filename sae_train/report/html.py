@@ -26,6 +26,7 @@ CAPTIONS = {
     "lr": "Learning rate.",
     "scatter": "How often and how strongly latents fire.",
     "shares": "Whose latents are whose: near a half stands for both hooks, near an end for one of them.",
+    "pareto": "What the SAEs of this run trade: variance unexplained against active latents per token.",
     "time": "Wall time by what was really being done.",
 }
 FILTERS = {
@@ -83,7 +84,7 @@ class ReportData:
         versions: package -> version.
         warnings: what a reader should know before believing the numbers.
         summary: tokens, wall_s, waited_s, tokens_per_s, peak_rss_bytes, each optional; the rest is not shown.
-        plots: PNG files about the whole run by kind (time).
+        plots: PNG files about the whole run by kind (pareto, time).
     """
 
     title: str

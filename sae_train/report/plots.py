@@ -4,6 +4,7 @@ Light background and the Okabe-Ito colours (Okabe and Ito 2008, "Color Universal
 with any common colour blindness tell apart; held-out values are also told from training by their markers.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ SIZE_INCHES = (8.0, 4.0)
 DPI = 120
 HELDOUT = "/heldout/"
 """What the key of a held-out number holds: `member/heldout/fvu` beside the training `member/fvu`."""
+MAX_NAMED = 16
+"""Points of a scatter that carry their names; more would cover each other."""
 MAX_POINTS = 600
 """Points per line: about one per pixel of the axes' width; longer records are averaged in runs."""
 
@@ -192,6 +195,47 @@ def l0_distribution(counts: Sequence[int] | Any, path: Path, title: str = "Activ
         axes.set_xlim(max(-1.0, low - room), high + room)
         axes.set_ylim(0, 1.15 * float(share.max()))
     axes.xaxis.get_major_locator().set_params(integer=True)
+    return _save(figure, path)
+
+
+def pareto(
+    series: Mapping[str, Mapping[str, tuple[float, float]]],
+    path: Path,
+    title: str = "Reconstruction against sparsity",
+) -> Path:
+    """What several SAEs trade: the error of each against its active latents.
+
+    Args:
+        series: legend -> name of an SAE -> (L0, FVU); SAEs of one series are joined by a line. A pair with a
+            number that is not finite, or no positive L0, is left out.
+        path: PNG to write.
+        title: heading.
+    """
+    figure, axes = _figure(title, "L0: active latents per token", "fraction of variance unexplained")
+    drawn: list[tuple[float, float]] = []
+    for (legend, members), colour in zip(series.items(), itertools.cycle(COLOURS), strict=False):
+        known = {
+            name: (x, y)
+            for name, (x, y) in members.items()
+            if math.isfinite(x) and math.isfinite(y) and x > 0
+        }
+        pairs = sorted(known.values())
+        drawn += pairs
+        axes.plot(*zip(*pairs, strict=True) if pairs else ([], []), "o-", color=colour, lw=1.4, ms=6)
+        axes.lines[-1].set_label(_plain(legend))
+        if sum(map(len, series.values())) <= MAX_NAMED:
+            for name, point in known.items():
+                spot = {"textcoords": "offset points", "xytext": (6, 4), "fontsize": 9, "color": BLACK}
+                axes.annotate(_plain(name), point, **spot)
+    if len({x for x, _ in drawn}) > 1:
+        axes.set_xscale("log")
+        axes.set_xticks(sorted({x for x, _ in drawn})[:: max(1, len(drawn) // 8)])
+        axes.minorticks_off()
+        axes.xaxis.set_major_formatter("{x:.4g}")
+    axes.margins(x=0.12, y=0.15)
+    axes.set_ylim(bottom=0)
+    if len(series) > 1:
+        axes.legend(frameon=False, fontsize=10)
     return _save(figure, path)
 
 

@@ -1,0 +1,1 @@
+"""The Hugging Face hub: fetching SAEs from it, and publishing them there."""
