@@ -130,14 +130,17 @@ def test_what_does_not_fit_together_is_answered_in_one_line_before_weights_load(
 
 def test_members_of_other_architectures_and_kinds_train_side_by_side(tiny, zygote, tmp_path):
     saes = (
-        "saes={plain: {}, gated: {sae: {activation: {k: 2}}}, "
+        "saes={plain: {}, gated: {sae: {name: gated, activation: {k: 2}}}, "
         "through: {hook: mlp_in.1, target: mlp_out.1, sae: {kind: transcoder, skip: true}}, "
         "across: {hook: resid_post.0+resid_post.2, sae: {kind: crosscoder}}}"
     )
     zygote.run("train", *tiny, saes, f"run.dir={tmp_path / 'run'}", plots=False)
-    kinds = {folder.name: load_sae(folder).config.kind for folder in (tmp_path / "run" / "saes").iterdir()}
-    assert kinds == {
-        "plain": "autoencoder", "gated": "autoencoder", "through": "transcoder", "across": "crosscoder",
-    }  # fmt: skip
+    saved = {folder.name: load_sae(folder).config for folder in (tmp_path / "run" / "saes").iterdir()}
+    assert {name: (sae.name, sae.kind) for name, sae in saved.items()} == {
+        "plain": ("linear", "autoencoder"),
+        "gated": ("gated", "autoencoder"),
+        "through": ("linear", "transcoder"),
+        "across": ("linear", "crosscoder"),
+    }
     steps = (tmp_path / "run" / "train.log").read_text()
-    assert "steps go through autograd: through is not a linear SAE" in steps
+    assert "steps of plain, across are fused, the others go through autograd: gated is not a linear" in steps
