@@ -17,11 +17,12 @@ import json
 import re
 import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from loopback import Loopback
 
 TOKEN = "hf_" + "t" * 34
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".npz", ".png")
@@ -62,7 +63,7 @@ class Repo:
         return commit
 
 
-class HubServer:
+class HubServer(Loopback):
     """Serves on 127.0.0.1 from the start of the `with` block to its end.
 
     Attributes:
@@ -77,6 +78,7 @@ class HubServer:
     """
 
     def __init__(self) -> None:
+        super().__init__(_Handler)
         self.repos: dict[str, Repo] = {}
         self.large: dict[str, bytes] = {}
         self.failures: list[tuple[str, str, int, int]] = []
@@ -85,28 +87,11 @@ class HubServer:
         self.others: list[dict[str, bytes | None]] = []
         self.held = threading.Event()
         self.requests: list[tuple[str, str, int]] = []
-        self.closing = threading.Event()
         self.lock = threading.RLock()
-        handler = type("Handler", (_Handler,), {"hub": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.closing.set()
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join(5)
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}"
+        return self.address
 
     def environment(self, home: Path, token: str | None = TOKEN) -> dict[str, str]:
         """Variables that make a client talk to this hub, keep its files in `home`, and use no xet."""
@@ -152,7 +137,7 @@ class HubServer:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # else every small answer waits 40 ms
-    hub: HubServer
+    owner: HubServer
 
     def log_message(self, *args: object) -> None:
         pass
@@ -186,10 +171,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.rfile.readline()
             return b"".join(parts)
         length = int(self.headers.get("Content-Length") or 0)
-        if self.command == "PUT" and self.hub.hold is not None and self.hub.hold in path:
+        if self.command == "PUT" and self.owner.hold is not None and self.owner.hold in path:
             self.rfile.read(length // 2)
-            self.hub.held.set()
-            self.hub.closing.wait(120)
+            self.owner.held.set()
+            self.owner.closing.wait(120)
             self.close_connection = True
             return None
         return self.rfile.read(length)
@@ -200,9 +185,9 @@ class _Handler(BaseHTTPRequestHandler):
         data = self.body(path)
         if data is None:
             return
-        with self.hub.lock:
-            self.hub.requests.append((self.command, path, len(data)))
-        if (code := self.hub.failure(self.command, path)) is not None:
+        with self.owner.lock:
+            self.owner.requests.append((self.command, path, len(data)))
+        if (code := self.owner.failure(self.command, path)) is not None:
             self.refuse(code, "", "planned by the test")
             return
         given = self.headers.get("Authorization")
@@ -220,7 +205,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif match := re.fullmatch(r"/_lfs/([0-9a-f]{64})", path):
             self.store(match[1], data)
         elif match := re.fullmatch(r"/_verify/([0-9a-f]{64})", path):
-            self.answer(200 if match[1] in self.hub.large else 404)
+            self.answer(200 if match[1] in self.owner.large else 404)
         elif match := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
             self.batch(json.loads(data))
         elif match := re.fullmatch(
@@ -242,30 +227,30 @@ class _Handler(BaseHTTPRequestHandler):
         if asked.get("organization") not in (None, "me"):
             self.refuse(403, "", f"You don't have the rights to create a model under {asked['organization']}")
             return
-        with self.hub.lock:
-            there = name in self.hub.repos
+        with self.owner.lock:
+            there = name in self.owner.repos
             if not there:
-                self.hub.repos[name] = Repo(
+                self.owner.repos[name] = Repo(
                     private=asked.get("visibility") == "private" or asked.get("private", False)
                 )
-        self.answer(409 if there else 200, {"url": f"{self.hub.url}/{name}", "name": name, "id": name})
+        self.answer(409 if there else 200, {"url": f"{self.owner.url}/{name}", "name": name, "id": name})
 
     def store(self, oid: str, data: bytes) -> None:
         if hashlib.sha256(data).hexdigest() != oid:
             self.refuse(400, "", "the digest is another")
             return
-        with self.hub.lock:
-            self.hub.large[oid] = data
+        with self.owner.lock:
+            self.owner.large[oid] = data
         self.answer(200)
 
     def batch(self, asked: dict[str, Any]) -> None:
         objects = []
         for item in asked["objects"]:
             actions = {
-                "upload": {"href": f"{self.hub.url}/_lfs/{item['oid']}"},
-                "verify": {"href": f"{self.hub.url}/_verify/{item['oid']}"},
+                "upload": {"href": f"{self.owner.url}/_lfs/{item['oid']}"},
+                "verify": {"href": f"{self.owner.url}/_verify/{item['oid']}"},
             }
-            there = item["oid"] in self.hub.large
+            there = item["oid"] in self.owner.large
             objects.append(
                 {"oid": item["oid"], "size": item["size"], **({} if there else {"actions": actions})}
             )
@@ -274,14 +259,11 @@ class _Handler(BaseHTTPRequestHandler):
     def api(
         self, name: str, verb: str | None, revision: str, rest: str, data: bytes, query: dict[str, list[str]]
     ) -> None:
-        repo = self.hub.repos.get(name)
-        if repo is None or (repo.private and not self.known):
-            self.refuse(404, "RepoNotFound", "Repository not found")
+        found = self.found(name, revision)
+        if found is None:
             return
-        files = repo.files(revision)
-        if files is None:
-            self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-        elif verb == "preupload":
+        repo, files = found
+        if verb == "preupload":
             self.answer(200, {"files": [self.mode(item, files) for item in json.loads(data)["files"]]})
         elif verb == "commit":
             self.commit(name, repo, data)
@@ -315,24 +297,25 @@ class _Handler(BaseHTTPRequestHandler):
             elif line["key"] == "file":
                 changes[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
-                if value["oid"] not in self.hub.large:
+                if value["oid"] not in self.owner.large:
                     self.refuse(400, "", f"{value['path']} points to a large file that is not here")
                     return
-                changes[value["path"]] = self.hub.large[value["oid"]]
+                changes[value["path"]] = self.owner.large[value["oid"]]
             elif line["key"] == "deletedFile":
                 changes[value["path"]] = None
-        with self.hub.lock:
-            if self.hub.others:
-                repo.add(self.hub.others.pop(0), "somebody else's")
+        with self.owner.lock:
+            if self.owner.others:
+                repo.add(self.owner.others.pop(0), "somebody else's")
             if head.get("parentCommit") not in (None, repo.head()):
                 self.refuse(412, "", "the branch has moved")
                 return
             commit = repo.add(changes, head["summary"])
-        if (code := self.hub.failure("COMMITTED", name)) is not None:  # done, and the answer is lost
+        if (code := self.owner.failure("COMMITTED", name)) is not None:  # done, and the answer is lost
             self.refuse(code, "", "planned by the test")
             return
         self.answer(
-            200, {"success": True, "commitUrl": f"{self.hub.url}/{name}/commit/{commit}", "commitOid": commit}
+            200,
+            {"success": True, "commitUrl": f"{self.owner.url}/{name}/commit/{commit}", "commitOid": commit},
         )
 
     def tree(self, files: dict[str, bytes], folder: str, recursive: bool) -> None:
@@ -359,15 +342,23 @@ class _Handler(BaseHTTPRequestHandler):
             listed[path] = entry
         self.answer(200, list(listed.values()))
 
-    def resolve(self, name: str, revision: str, path: str) -> None:
-        repo = self.hub.repos.get(name)
+    def found(self, name: str, revision: str) -> tuple[Repo, dict[str, bytes]] | None:
+        """A repository and its files at a revision; None if the request has been refused."""
+        repo = self.owner.repos.get(name)
         if repo is None or (repo.private and not self.known):
             self.refuse(404, "RepoNotFound", "Repository not found")
-            return
+            return None
         files = repo.files(revision)
         if files is None:
             self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            return None
+        return repo, files
+
+    def resolve(self, name: str, revision: str, path: str) -> None:
+        found = self.found(name, revision)
+        if found is None:
             return
+        repo, files = found
         commit = repo.head() if revision == "main" else revision
         if path not in files:
             told = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}
@@ -376,7 +367,7 @@ class _Handler(BaseHTTPRequestHandler):
         data = files[path]
         tag = hashlib.sha256(data).hexdigest() if is_large(path, len(data)) else git_blob(data)
         headers = {"ETag": f'"{tag}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
-        data = self.hub.served.get(path, data)
+        data = self.owner.served.get(path, data)
         if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             first, last = int(match[1]), int(match[2] or len(data) - 1)
             headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"

@@ -16,14 +16,13 @@ file holds what `swapped` says).
 import re
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
-from typing import Self
+from http.server import BaseHTTPRequestHandler
 
 import xxhash
+from loopback import Loopback
 
 
-class FaultServer:
+class FaultServer(Loopback):
     """Serves `files` (name -> bytes) on 127.0.0.1, from the start of the `with` block to its end.
 
     Attributes:
@@ -35,6 +34,7 @@ class FaultServer:
     """
 
     def __init__(self, files: dict[str, bytes], ranges: bool = True) -> None:
+        super().__init__(_Handler)
         self.files, self.ranges = dict(files), ranges
         self.plan: list[str] = []
         self.always: str | None = None
@@ -42,27 +42,10 @@ class FaultServer:
         self.modified = "Mon, 05 Jan 2026 10:00:00 GMT"
         self.swapped: dict[str, bytes] = {}
         self.requests: list[tuple[str, str, str | None]] = []
-        self.closing = threading.Event()
         self._lock = threading.Lock()
-        handler = type("Handler", (_Handler,), {"owner": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.closing.set()
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join(5)
 
     def url(self, name: str) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}/{name}"
+        return f"{self.address}/{name}"
 
     def faults(self) -> list[str]:
         """The faults that clients have met, in order."""
