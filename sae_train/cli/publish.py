@@ -13,7 +13,6 @@ from sae_train.cli.compose import run_composed
 from sae_train.config import PublishCommandConfig, to_config
 from sae_train.errors import InputError
 from sae_train.hub.card import Publication
-from sae_train.hub.checkout import project_commit
 from sae_train.hub.forms import OWN, check_formats, write_form
 from sae_train.hub.outcome import through_our_log
 from sae_train.hub.public import hub_id
@@ -46,11 +45,12 @@ def put(composed: DictConfig) -> int:
         if name is not None and (hub_id(name) is None or name.count("/") != 1):
             raise InputError(key, name, "a name on the hub, USER/NAME")
     saes = trained_saes(runs, request.sae, request.base_model)
+    commits = {sae.record.versions["commit"] for sae in saes if "commit" in sae.record.versions}
     what = Publication(
         repo=request.repo,
         saes=saes,
         license=request.license,
-        commit=project_commit(),
+        commit=", ".join(sorted(commits)),
         base_model=request.base_model,
         datasets=request.datasets,
     )

@@ -38,7 +38,7 @@ class Publication:
         repo: USER/NAME.
         saes: the SAEs, each with its folder.
         license: the hub's name of a licence, or None if none was stated.
-        commit: of this project, where it runs out of a checkout.
+        commit: of this project that trained them, where it ran out of a checkout; "" where none is known.
         base_model: Hub id to name instead of a folder.
         datasets: Hub ids to name instead of what the runs name.
         forms: format -> SAE id -> folder in the repository, for forms beside our own.
@@ -48,7 +48,7 @@ class Publication:
     repo: str
     saes: list[TrainedSAE]
     license: str | None = None
-    commit: str | None = None
+    commit: str = ""
     base_model: str | None = None
     datasets: list[str] | None = None
     forms: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -264,7 +264,7 @@ def _provenance(what: Publication) -> list[str]:
     """A row for each run."""
     lines = [
         f"Licence: {what.license or 'none was stated'}. "
-        + (f"Published with commit `{what.commit}` of sae-train." if what.commit else ""),
+        + (f"Trained with commit `{what.commit}` of sae-train." if what.commit else ""),
         "",
         "| SAE | sae-train | torch | configuration | data | tokens | steps | machine |",
         "|---|---|---|---|---|---:|---:|---|",

@@ -11,6 +11,7 @@ from typing import Any
 
 from sae_train.errors import InputError, StoppedEarly
 from sae_train.files import CorruptFile, read_json, write_json
+from sae_train.train.checkout import project_commit
 
 logger = logging.getLogger("sae_train.train")
 
@@ -81,8 +82,11 @@ class RunRecord:
 
 
 def versions() -> dict[str, str]:
-    """Versions that a bit-exact repetition would need."""
+    """Versions that a bit-exact repetition would need, with the commit of this project where there is one."""
+    commit = project_commit()
     packages = ("sae-train", "torch", "transformers", "datasets", "tokenizers", "safetensors", "numpy")
-    return {"python": sys.version.split()[0], "machine": platform.machine()} | {
-        name: version(name) for name in packages
-    }
+    return (
+        {"python": sys.version.split()[0], "machine": platform.machine()}
+        | {name: version(name) for name in packages}
+        | ({"commit": commit} if commit is not None else {})
+    )

@@ -88,6 +88,9 @@ def test_a_run_is_published_in_one_commit_and_comes_back_as_it_was(hub, run, cap
             assert files[f"{folder}/{file}"] == (run / "saes" / name / file).read_bytes()
     out = capsys.readouterr().out
     assert repo.head() in out and "every file read back" in out
+    trained_with = json.loads((run / "run.json").read_text())["versions"].get("commit")
+    card = repo.files()["README.md"].decode()
+    assert ("Trained with commit" in card) == (trained_with is not None) and (trained_with or "") in card
     # Every file was downloaded again, at the commit.
     read = {
         path.split(f"/resolve/{repo.head()}/")[1]

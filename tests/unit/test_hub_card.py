@@ -15,7 +15,6 @@ from sae_train.activations.jumprelu import JumpReLUConfig
 from sae_train.activations.topk import TopKConfig
 from sae_train.errors import InputError
 from sae_train.hub.card import Publication, draw_pareto, front_matter, repo_card
-from sae_train.hub.checkout import project_commit
 from sae_train.hub.runs import TrainedSAE, trained_saes
 from sae_train.places import Widths
 from sae_train.registry import discover
@@ -24,6 +23,7 @@ from sae_train.report.card import card, metric_rows
 from sae_train.sae.base import SAES
 from sae_train.sae.io import save_sae
 from sae_train.sae.linear import LinearConfig
+from sae_train.train.checkout import project_commit
 from sae_train.train.optim import OptimConfig
 from sae_train.train.record import RunRecord
 
