@@ -112,7 +112,7 @@ class Bench:
         shards, parts = DiskShards(self.shards), []
         while (shard := shards.next_shard()) is not None:
             parts.append(shard.rows[shards.hooks[0]].float())
-        write_tensors(self.rows, {"rows": torch.cat(parts)})
+        write_tensors(self.rows, {"rows": torch.cat(parts)[: self.tokens].contiguous()})
 
     def start_judge(self) -> None:
         """A run with whose held-out rows, and model, all is judged; what it trains is thrown away."""
