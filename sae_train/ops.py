@@ -1,7 +1,7 @@
 """The sparse kernels as torch.compile sees them: one operation each, with shapes and gradients but no inside.
 
 Choosing a backend, checking indices and working in chunks are Python that a graph cannot hold. So while
-torch.compile traces, these functions put an operation of torch.library into the graph, which calls the
+torch.compile traces, these functions put a custom operation into the graph, which calls the
 kernels when the graph runs, on whatever backend is in force then. Otherwise they are the kernels themselves.
 
 A graph needs the shape of what an operation gives: only the ops with the same number of slots in every row
@@ -12,7 +12,7 @@ from typing import Any
 
 import sae_kernels
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 
 def topk_encode(x: Tensor, w: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -32,22 +32,22 @@ def gather_dot(rows: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     return run(rows, indices, weight)
 
 
-@torch.library.custom_op("sae_train::topk_encode", mutates_args=())
+@library.custom_op("sae_train::topk_encode", mutates_args=())
 def _topk_encode(x: Tensor, w: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return sae_kernels.topk_encode(x, w, b, k)
 
 
-@torch.library.custom_op("sae_train::sparse_decode", mutates_args=())
+@library.custom_op("sae_train::sparse_decode", mutates_args=())
 def _sparse_decode(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     return sae_kernels.sparse_decode(values, indices, weight)
 
 
-@torch.library.custom_op("sae_train::gather_dot", mutates_args=())
+@library.custom_op("sae_train::gather_dot", mutates_args=())
 def _gather_dot(rows: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     return sae_kernels.gather_dot(rows, indices, weight)
 
 
-@torch.library.custom_op("sae_train::segment_rows", mutates_args=())
+@library.custom_op("sae_train::segment_rows", mutates_args=())
 def _segment_rows(values: Tensor, indices: Tensor, rows: Tensor, d_sae: int) -> Tensor:
     return sae_kernels.segment_rows(values, indices, rows, d_sae)
 

@@ -5,6 +5,7 @@ The run's own configuration says where held-out rows come from; nothing is train
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sae_train.cli.compose import compose, run_composed
 from sae_train.cli.finish import finite, print_results
-from sae_train.cli.wire import wire
+from sae_train.cli.wire import Wired, wire
 from sae_train.config import Config, to_config
 from sae_train.devices import pick_device
 from sae_train.errors import InputError
@@ -55,10 +56,8 @@ def judge(composed: DictConfig) -> int:
         ce_tokens=request.ce_tokens if request.ce_tokens is not None else config.eval.ce_tokens,
     )
     places = {path: places_of(path) for path in folders}
-    torch.set_num_threads(min(record.chosen["threads"], 4 * (os.cpu_count() or 1)))
+    wired = wire_again(config, record, places.values())
     device = pick_device(config.model.device)
-    hooks = list(dict.fromkeys(hook for read in places.values() for hook in read.hooks))
-    wired = wire(config, hooks, device, dict(record.chosen), lambda dims: None)
     try:
         heldout = wired.heldout()
         results: dict[str, dict[str, float]] = {}
@@ -77,6 +76,13 @@ def judge(composed: DictConfig) -> int:
     print_results(results)
     print(json.dumps({name: finite(numbers) for name, numbers in results.items()}))
     return 0
+
+
+def wire_again(config: Config, record: RunRecord, places: Iterable[Places]) -> Wired:
+    """What a finished run was wired to, with as many threads: of its hooks those that are in use."""
+    torch.set_num_threads(min(record.chosen["threads"], 4 * (os.cpu_count() or 1)))
+    hooks = list(dict.fromkeys(hook for read in places for hook in read.hooks))
+    return wire(config, hooks, pick_device(config.model.device), dict(record.chosen), lambda dims: None)
 
 
 def saved_config(run_dir: Path, tree: dict[str, Any]) -> Config:

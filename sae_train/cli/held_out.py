@@ -1,16 +1,12 @@
 """Rows that a run held out, for commands that look at published SAEs without training."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from sae_train.cli.eval import places_of, saved_config
-from sae_train.cli.wire import wire
+from sae_train.cli.eval import places_of, saved_config, wire_again
 from sae_train.config import Config
-from sae_train.devices import pick_device
 from sae_train.errors import InputError
 from sae_train.harvest.model import load_config
 from sae_train.places import Places
@@ -51,10 +47,7 @@ def held_out(config: Config, record: RunRecord, folders: list[Path], rows: int) 
     """
     config.eval = replace(config.eval, tokens=rows, ce_tokens=0, interval_ce_tokens=0)
     spelt = {folder: places_of(folder) for folder in folders}
-    torch.set_num_threads(min(record.chosen["threads"], 4 * (os.cpu_count() or 1)))
-    device = pick_device(config.model.device)
-    hooks = list(dict.fromkeys(hook for places in spelt.values() for hook in places.hooks))
-    wired = wire(config, hooks, device, dict(record.chosen), lambda dims: None)
+    wired = wire_again(config, record, spelt.values())
     try:
         found = wired.heldout().rows
         out = {}

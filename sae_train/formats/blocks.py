@@ -108,8 +108,8 @@ class TensorFile:
         self.path = path
         try:
             check_header(path, MAX_HEADER_BYTES)
-            with safe_open(path, framework="pt", backend="pread"):
-                pass  # names, shapes and offsets cover the file to the byte
+            with safe_open(path, framework="pt", backend="pread") as opened:
+                opened.keys()  # it opens only if names, shapes and offsets cover the file to the byte
             with open(path, "rb") as file:
                 size_bytes = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(size_bytes))

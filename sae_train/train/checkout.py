@@ -29,5 +29,5 @@ def project_commit(root: Path | None = None) -> str | None:
             if line.endswith(f" {name}") and COMMIT.fullmatch(line[:40]):
                 return line[:40]
     except (OSError, UnicodeDecodeError):
-        pass  # no checkout
+        return None  # no checkout
     return None

@@ -123,7 +123,8 @@ def test_the_card_says_what_the_hub_and_a_reader_want_to_know(hub, run):
     assert main(["publish", f"run={run}", REPO, *more]) == 0
     text = tree(hub)["README.md"].decode()
     data = ModelCard(text).data
-    assert (data.library_name, data.license, data.base_model) == ("saelens", "mit", "me/llama")
+    said = data.to_dict()
+    assert (said["library_name"], said["license"], said["base_model"]) == ("saelens", "mit", "me/llama")
     assert data.datasets == ["me/text"]
     assert {"sparse-autoencoder", "sae", "mechanistic-interpretability", "saelens"} <= set(data.tags)
     metrics = json.loads((run / "saes/a/metrics.json").read_text())
