@@ -71,10 +71,9 @@ class TrainedSAE:
     def lr(self) -> float | None:
         """Peak learning rate."""
         optim = self.member.get("optim")
-        known = (
-            {key: optim[key] for key in ("lr", "lr_base") if key in optim} if isinstance(optim, dict) else {}
-        )
-        return OptimConfig(**known).peak_lr(self.sae["d_sae"]) if known else None
+        keys = ("lr", "lr_base", "budget_power")
+        known = {key: optim[key] for key in keys if key in optim} if isinstance(optim, dict) else {}
+        return OptimConfig(**known).peak_lr(self.sae["d_sae"], self.record.steps) if known else None
 
     @property
     def config_hash(self) -> str:

@@ -66,7 +66,7 @@ class Member:
         self.name, self.places = config.name, config.places
         self.steps = steps
         self.sae: SAE = SAES.build(config.sae, widths).to(device)
-        self.optimizer = build_optimizer(config.optim, self.sae.parameters(), self.sae.d_sae)
+        self.optimizer = build_optimizer(config.optim, self.sae.parameters(), self.sae.d_sae, steps)
         self.schedule: LambdaLR = build_schedule(config.optim, self.optimizer, steps)
         self.stats = FeatureStats(self.sae.d_sae, device)
         self.dead_after_tokens = max(1, min(config.sae.dead_after_tokens, tokens // 10))

@@ -29,6 +29,11 @@ from sae_train.train.stepper import Step, Stepper
 
 logger = logging.getLogger("sae_train.train")
 
+STEPS = 1_000
+"""Steps at least of a run that does not say its batch: fewer cost quality, at equal tokens
+(docs/benchmarks.md, "Learning rate, batch and decay")."""
+BATCHES = (512, 1_024, 2_048, 4_096)
+
 MAX_SKIPPED_IN_A_ROW = 10
 """Steps in a row with non-finite gradients after which the run stops: it is not going to recover."""
 
@@ -39,8 +44,8 @@ class TrainConfig:
 
     tokens: int = 10_000_000
     """Rows of activations to train on (after filtering)."""
-    batch_tokens: int = 4_096
-    """Rows per optimizer step."""
+    batch_tokens: int = 0
+    """Rows per optimizer step; 0 chooses the largest of BATCHES that makes STEPS."""
     accumulate: int = 1
     """Micro-batches per step, to fit large batches in memory."""
     autocast: str = "auto"
@@ -62,9 +67,12 @@ class TrainConfig:
     """Decay of an average of weights that is evaluated and published instead of the last ones; 0 is off."""
 
     def __post_init__(self) -> None:
-        for key in ("tokens", "batch_tokens", "accumulate"):
+        for key in ("tokens", "accumulate"):
             if getattr(self, key) < 1:
                 raise InputError(f"train.{key}", getattr(self, key), "a whole number of at least 1")
+        if self.batch_tokens < 0:
+            raise InputError("train.batch_tokens", self.batch_tokens, "a whole number of at least 1, or 0")
+        self.batch_tokens = self.batch_tokens or batch_for(self.tokens)
         if self.tokens < self.batch_tokens:
             raise InputError(
                 "train.tokens", self.tokens, f"at least train.batch_tokens={self.batch_tokens}, one step"
@@ -91,6 +99,11 @@ class TrainConfig:
     @property
     def steps(self) -> int:
         return self.tokens // self.batch_tokens
+
+
+def batch_for(tokens: int) -> int:
+    """Rows per step for a budget of rows."""
+    return max((size for size in BATCHES if size * STEPS <= tokens), default=BATCHES[0])
 
 
 @dataclass

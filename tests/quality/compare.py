@@ -99,7 +99,7 @@ class Bench:
         else:
             self.where = [*SYNTHETIC, f"source.synthetic.rows={tokens}"]
             self.k, self.d_sae, self.batch, self.lr = 4, 256, 512, 2e-3
-        self.kind, self.batch_key = kind, f"train.batch_tokens={self.batch}"
+        self.kind = kind
         self.shards, self.rows = folder / "shards", folder / "rows.safetensors"
         self.judging = folder / "judge"
 
@@ -129,7 +129,7 @@ class Bench:
         run = self.folder / "runs" / name
         keys = [key.format(k=self.k) for key in RECIPES[recipe]] + [f"sae.d_sae={self.d_sae}"]
         keys += ["source=shards", f"source.path={self.shards}", f"run.seed={seed}", f"run.dir={run}"]
-        sae_train("train", *keys, f"train.tokens={self.tokens}", self.batch_key, "logger=none")
+        sae_train("train", *keys, f"train.tokens={self.tokens}", "logger=none")
         shutil.copytree(run / "saes" / "main", self.judging / "saes" / name)
 
     def peer(self, python: str, peer: str, activation: str, variant: str, seed: int) -> None:

@@ -247,7 +247,7 @@ def test_the_commit_of_a_checkout_is_found_without_git(tmp_path, kind):
 def test_a_learning_rate_that_was_chosen_by_width_is_shown_as_it_was(tmp_path):
     (sae,) = trained_saes([str(make_run(tmp_path / "r"))], None, None)
     assert isinstance(sae, TrainedSAE)
-    assert sae.lr == pytest.approx(OptimConfig().peak_lr(64))
+    assert sae.lr == pytest.approx(OptimConfig().peak_lr(64, 10))
     assert f"| {sae.lr:.3g} |" in repo_card(publication(sae.run))
 
 

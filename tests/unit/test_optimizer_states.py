@@ -239,7 +239,7 @@ def test_a_run_saved_every_few_steps_and_resumed_has_the_bits_of_one_that_never_
 
 def test_a_loaded_optimizer_has_every_tensor_in_the_dtype_in_which_it_was_saved():
     weights = [torch.nn.Parameter(torch.zeros(3, 2)), torch.nn.Parameter(torch.zeros(2))]
-    one, two = (build_optimizer(OptimConfig(), weights, 3) for _ in range(2))
+    one, two = (build_optimizer(OptimConfig(), weights, 3, 9) for _ in range(2))
     one.state[weights[0]] = {
         "step": torch.tensor(5.0),
         "exp_avg": torch.arange(6.0).view(3, 2).bfloat16(),

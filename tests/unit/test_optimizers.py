@@ -93,9 +93,11 @@ def test_every_optimizer_has_a_file_and_every_file_an_optimizer():
     for name in OPTIMIZERS:
         config = recipe(name)
         assert config.name == name
-        assert config.decay == (0 if name == "schedule_free" else 0.2)
-        assert config.peak_lr(2**14) == config.lr_base == (2e-3 if name == "schedule_free" else 1e-3)
-        assert config.peak_lr(2**16) == config.lr_base / 2
+        assert config.decay == (0 if name == "schedule_free" else 0.8)
+        assert config.peak_lr(2**14, 2**11) == config.lr_base == (2e-3 if name == "schedule_free" else 1e-3)
+        assert config.peak_lr(2**16, 2**11) == config.lr_base / 2
+        longer = config.peak_lr(2**14, 2**14)
+        assert longer == pytest.approx(config.lr_base / (1 if name == "schedule_free" else 2))
 
 
 @each_optimizer
@@ -108,7 +110,7 @@ def test_an_sae_learns_and_is_published_with_unit_rows(name):
     # the norm of D numbers, and each divided by it
     assert worst_norm(member.trained().w_dec) <= (D + 2) * EPS
     assert member.schedule.get_last_lr()[0] == pytest.approx(
-        recipe(name).peak_lr(F) if name == "schedule_free" else 0, abs=1e-12
+        recipe(name).peak_lr(F, STEPS) if name == "schedule_free" else 0, abs=1e-12
     )
 
 
@@ -175,7 +177,8 @@ def test_micro_batches_make_the_step_of_the_whole_batch(name):
     norms = [float(AutogradStepper(a).step(m, Batch(x, x)).grad_norm) for a, m in ((1, whole), (4, pieces))]
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
     for one, two in zip(whole.sae.parameters(), pieces.sae.parameters(), strict=True):
-        moved = float((one - two).detach().norm()) / (whole.config.optim.peak_lr(F) * one.numel() ** 0.5)
+        step = whole.config.optim.peak_lr(F, STEPS) * one.numel() ** 0.5
+        moved = float((one - two).detach().norm()) / step
         # sums of N terms in another order; gradients that are rounding alone have either sign
         assert moved < 0.1
 
@@ -193,7 +196,7 @@ def test_micro_batches_make_the_step_of_the_whole_batch(name):
             {"name": "schedule_free", "decay": 0, "rows": "active", "beta1": 0.0},
             r"optim\.rows='active'.*all, or optim\.name=adam",
         ),
-        ({"name": "schedule_free"}, r"optim\.decay=0\.2.*0 with.*optim=schedule_free sets it"),
+        ({"name": "schedule_free"}, r"optim\.decay=0\.8.*0 with.*optim=schedule_free sets it"),
         ({"name": "adam8bit"}, r"optim\.eps=1e-08.*at least 1e-07.*optim=adam8bit sets it"),
         ({"name": "schedule_free", "decay": 0, "beta1": 0.0}, r"optim\.beta1=0\.0.*above 0"),
     ],
@@ -210,7 +213,7 @@ def test_a_library_that_is_not_installed_is_named_with_how_to_install_it(name, m
     config, parameter = recipe(name), nn.Parameter(torch.zeros(2))
     config.check_library()
     monkeypatch.setitem(sys.modules, module, None)
-    for use in (config.check_library, lambda: build_optimizer(config, [parameter], 2)):
+    for use in (config.check_library, lambda: build_optimizer(config, [parameter], 2, 9)):
         with pytest.raises(InputError, match=rf"optim\.name='{name}'.*pip install 'sae-train\[optim\]'") as e:
             use()
         assert "\n" not in str(e.value) and module in str(e.value)
@@ -236,7 +239,7 @@ def test_members_of_one_run_have_their_own_optimizers_and_learning_rates():
     composed = compose("train", [*GIVEN, "optim.lr_base=5e-4", f"saes={{{saes}}}"])
     a, b, c = (member.optim for member in members(to_config(composed), composed))
     assert [config.name for config in (a, b, c)] == ["adam", "muon", "schedule_free"]
-    assert [config.peak_lr(2**12) for config in (a, b, c)] == [1e-3, 0.02, 1e-3]
+    assert [config.peak_lr(2**12, 2**11) for config in (a, b, c)] == [1e-3, 0.02, 1e-3]
 
 
 # -- Muon -------------------------------------------------------------------------------------------
@@ -257,7 +260,7 @@ def give_gradients(params: list[nn.Parameter], seed: int) -> None:
 def test_muon_steps_matrices_as_torchs_muon_does_and_everything_else_as_adam(which):
     config = OptimConfig(name="muon", lr=0.01, beta1=0.8)
     mine, theirs = ([parameters()[i] for i in which] for _ in range(2))
-    optimizer = build_optimizer(config, mine, 12)
+    optimizer = build_optimizer(config, mine, 12, 9)
     apart: list[torch.optim.Optimizer] = []
     if matrices := [p for p in theirs if p.ndim == 2]:
         apart.append(torch.optim.Muon(matrices, lr=0.01, weight_decay=0, adjust_lr_fn="match_rms_adamw"))
@@ -284,7 +287,7 @@ def schedule_free_pair(steps: int, restore: Any) -> tuple[list[nn.Parameter], An
 
     mine, theirs = parameters(), parameters()
     config = OptimConfig(name="schedule_free", lr=0.01, decay=0)
-    ours = build_optimizer(config, mine, 12)
+    ours = build_optimizer(config, mine, 12, 9)
     assert isinstance(ours, ScheduleFree)
     library = AdamWScheduleFree(theirs, lr=0.01, weight_decay=0)
     library.train()
@@ -400,7 +403,7 @@ def test_8_bit_moments_start_and_end_where_those_of_32_bits_do():
     train(eight, 0, 1)
     train(plain, 0, 1)
     for one, two in zip(eight.sae.parameters(), plain.sae.parameters(), strict=True):
-        torch.testing.assert_close(one, two, rtol=0, atol=1e-3 * plain.config.optim.peak_lr(F))
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-3 * plain.config.optim.peak_lr(F, STEPS))
     train(eight, 1, STEPS)
     train(plain, 1, STEPS)
     assert not torch.equal(eight.sae.w_enc, plain.sae.w_enc)

@@ -21,6 +21,7 @@ from sae_train.train.optim import OptimConfig, build_optimizer, build_schedule
 from sae_train.train.resume import check_fingerprint, check_resume, classify, flatten
 from sae_train.train.state import rng_state, set_rng_state
 from sae_train.train.stepper import AutogradStepper
+from sae_train.train.trainer import TrainConfig
 
 D, F, N = 8, 24, 32
 
@@ -45,7 +46,7 @@ def weights(member: Member) -> dict[str, torch.Tensor]:
 def test_learning_rate_warms_up_holds_and_falls_to_zero():
     parameter = torch.nn.Parameter(torch.zeros(1))
     config = OptimConfig(lr=2.0, warmup=0.1, decay=0.2)
-    optimizer = build_optimizer(config, [parameter], 100)
+    optimizer = build_optimizer(config, [parameter], 100, 9)
     schedule = build_schedule(config, optimizer, 100)
     seen = []
     for _ in range(100):
@@ -59,10 +60,23 @@ def test_learning_rate_warms_up_holds_and_falls_to_zero():
     assert schedule.get_last_lr()[0] == 0
 
 
-def test_default_learning_rate_falls_with_the_square_root_of_the_width():
-    assert OptimConfig().peak_lr(2**14) == pytest.approx(1e-3)
-    assert OptimConfig().peak_lr(2**16) == pytest.approx(5e-4)
-    assert OptimConfig(lr=0.1).peak_lr(2**16) == 0.1
+def test_default_learning_rate_follows_from_width_and_budget():
+    assert OptimConfig().peak_lr(2**14, 2**11) == pytest.approx(1e-3)
+    assert OptimConfig().peak_lr(2**16, 2**11) == pytest.approx(5e-4)
+    assert OptimConfig().peak_lr(2**14, 2**14) == pytest.approx(5e-4)
+    assert OptimConfig().peak_lr(2**14, 250) == pytest.approx(1e-3 * 8.192 ** (1 / 3))
+    assert OptimConfig().peak_lr(2**14, 10) == OptimConfig().peak_lr(2**14, 250)
+    assert OptimConfig(budget_power=0).peak_lr(2**14, 10) == 1e-3
+    assert OptimConfig(lr=0.1).peak_lr(2**16, 2**14) == 0.1
+
+
+@pytest.mark.parametrize(
+    ("tokens", "batch"),
+    [(512, 512), (1_023_999, 512), (1_024_000, 1024), (4_095_999, 2048), (4_096_000, 4096), (10**9, 4096)],
+)
+def test_batches_grow_with_the_budget_unless_they_are_said(tokens, batch):
+    assert TrainConfig(tokens=tokens).batch_tokens == batch
+    assert TrainConfig(tokens=tokens, batch_tokens=96).batch_tokens == 96
 
 
 @pytest.mark.parametrize(
