@@ -60,6 +60,10 @@ class Codes:
             return rows.decode(w).reshape(*self.shape, w.shape[1])
         return sparse_decode(self.values, self.indices, w)
 
+    def first(self, count: int) -> "Codes":
+        """The same rows with only the first `count` latents."""
+        return replace(self, values=self.values.where(self.latents() < count, 0))
+
     def active(self) -> Tensor:
         """[N, K] bool: slots that hold an active latent."""
         return self.values != 0

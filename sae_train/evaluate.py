@@ -132,8 +132,9 @@ def evaluate(
     several = places.outputs if len(places.outputs) > 1 else ()
     widths = sae.widths.outputs
     by_hook = [FVU(MetricConfig("fvu"), width, sae.d_sae) for _, width in zip(several, widths, strict=False)]
+    first = {count: FVU(MetricConfig("fvu"), sae.d_out, sae.d_sae) for count in sae.first_latents()}
     recovery = None if heldout.truth is None else Recovery(decoder_directions(sae), heldout.truth)
-    for batch in _batches(sae, places, heldout, config.batch_tokens):
+    for x, batch in _batches(sae, places, heldout, config.batch_tokens):
         stop.check()
         if recovery is not None:
             recovery.update(batch.codes)
@@ -142,12 +143,16 @@ def evaluate(
         parts = zip(batch.y.split(widths, dim=-1), batch.y_hat.split(widths, dim=-1), strict=True)
         for metric, (y, y_hat) in zip(by_hook, parts, strict=False):
             metric.update(EvalBatch(y, y_hat, batch.codes, batch.ordinary))
+        for count, metric in first.items():
+            y_hat = sae.reconstruct(x, batch.codes.first(count))
+            metric.update(EvalBatch(batch.y, y_hat, batch.codes, batch.ordinary))
     numbers: dict[str, float] = {}
     for metric in metrics:
         numbers |= metric.compute()
     if recovery is not None:
         numbers |= recovery.compute()
     numbers |= {f"fvu/{hook}": m.compute()["fvu"] for hook, m in zip(several, by_hook, strict=True)}
+    numbers |= {f"fvu_first/{count}": metric.compute()["fvu"] for count, metric in first.items()}
     if splice is not None and ce_tokens > 0:
 
         def reconstruct(x: Tensor) -> Tensor:
@@ -158,8 +163,11 @@ def evaluate(
     return numbers, metrics
 
 
-def _batches(sae: SAE, places: Places, heldout: HeldOut, batch_tokens: int) -> Iterator[EvalBatch]:
-    """Held-out rows with what the SAE makes of them; a token is ordinary if it is so at every hook."""
+def _batches(
+    sae: SAE, places: Places, heldout: HeldOut, batch_tokens: int
+) -> Iterator[tuple[Tensor, EvalBatch]]:
+    """Held-out rows as the SAE reads them, and what it makes of them; a token is ordinary where
+    it is so at every hook."""
     device = sae.input_scale.device
     ordinary = torch.stack([heldout.ordinary[hook] for hook in places.hooks]).all(dim=0)
     for start in range(0, len(ordinary), batch_tokens):
@@ -168,4 +176,4 @@ def _batches(sae: SAE, places: Places, heldout: HeldOut, batch_tokens: int) -> I
         x = x.to(device).float()
         y = y.to(device).float() if places.targets else x
         codes = sae.encode(x)
-        yield EvalBatch(y, sae.reconstruct(x, codes), codes, ordinary[part].to(device))
+        yield x, EvalBatch(y, sae.reconstruct(x, codes), codes, ordinary[part].to(device))

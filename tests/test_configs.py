@@ -15,6 +15,14 @@ def test_every_preset_composes_into_checked_dataclasses(name):
     assert members(to_config(composed), composed)
 
 
+@pytest.mark.parametrize("name", options("experiment"))
+def test_every_preset_takes_any_activation_architecture_and_optimizer(name):
+    for group in ("sae/activation", "sae", "optim"):
+        for option in options(group):
+            given = ["target=mlp_out.0"] if "transcoder" in option else []
+            to_config(compose("train", [f"experiment={name}", f"{group}={option}", *given]))
+
+
 @pytest.mark.parametrize(
     "group", ["model", "corpus", "source", "sae", "sae/activation", "optim", "kernels", "logger"]
 )

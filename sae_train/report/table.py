@@ -165,14 +165,20 @@ SECOND = "other/"
 
 
 def about(name: str) -> Shown | None:
-    """What is known of a number: `other/NAME` is NAME of the second model, `fvu/HOOK` the FVU of one hook."""
+    """What is known of a number: `other/NAME` is NAME of the second model, `fvu/HOOK` the FVU of one hook.
+
+    `fvu_first/COUNT` is the FVU with the first latents alone.
+    """
     if name in METRICS:
         return METRICS[name]
     if name.startswith(SECOND) and (first := METRICS.get(name.removeprefix(SECOND))):
         return replace(first, label=f"{first.label}, second model")
-    base, _, hook = name.partition("/")
-    if base == "fvu" and hook:
-        return replace(METRICS["fvu"], label=f"FVU of {hook}", meaning="The same for one of several hooks.")
+    base, _, part = name.partition("/")
+    if base == "fvu" and part:
+        return replace(METRICS["fvu"], label=f"FVU of {part}", meaning="The same for one of several hooks.")
+    if base == "fvu_first" and part:
+        meaning = "The same with the other latents left out."
+        return replace(METRICS["fvu"], label=f"FVU of the first {part}", meaning=meaning)
     return None
 
 
@@ -182,7 +188,8 @@ def ordered(names: Iterable[str]) -> list[str]:
 
     def key(name: str) -> int:
         own = name.removeprefix(SECOND)
-        return place.get(own, place.get(own.partition("/")[0], len(place)))
+        base = own.partition("/")[0].removesuffix("_first")
+        return place.get(own, place.get(base, len(place)))
 
     return sorted(names, key=key)
 

@@ -220,6 +220,10 @@ class SAE(nn.Module, ABC):
         """Activations [..., d_in] and their codes -> what `decode` gives, and what a skip connection adds."""
         return self.decode(codes)
 
+    def first_latents(self) -> list[int]:
+        """How many latents, counted from the first, have learned to reconstruct alone; none in most SAEs."""
+        return []
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d_in] -> [..., d_out], its reconstruction or a transcoder's guess of the target.
 

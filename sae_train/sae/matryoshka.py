@@ -80,8 +80,12 @@ class MatryoshkaSAE(LinearSAE):
         super().__init__(config, widths)
         if config.sampled > self.d_sae:
             raise InputError("sae.sampled", config.sampled, f"at most the number of latents, {self.d_sae}")
-        self.ends = sorted({ceil(share * self.d_sae) for share in shares(config.prefixes)})
+        self.ends = [*self.first_latents(), self.d_sae]
         """Latents of each prefix, rising to F; of the step that `begin_step` announced."""
+
+    def first_latents(self) -> list[int]:
+        """The fixed prefixes but the whole, also where others were drawn in training."""
+        return sorted({ceil(share * self.d_sae) for share in shares(self.config.prefixes)})[:-1]
 
     def begin_step(self, step: int, steps: int) -> None:
         super().begin_step(step, steps)

@@ -72,6 +72,9 @@ def test_it_trains_resumes_to_the_same_bits_is_judged_published_and_loaded(name,
     assert numbers["ce_zero"] != numbers["ce_clean"] != numbers["ce_sae"]
     several = {key for key in numbers if key.startswith("fvu/")}
     assert several == ({"fvu/resid_post.0", "fvu/resid_post.1"} if name == "crosscoder" else set())
+    first = {key for key in numbers if key.startswith("fvu_first/")}
+    assert first == ({f"fvu_first/{n}" for n in (2, 5, 11, 23)} if name == "matryoshka" else set())
+    assert all(numbers["fvu"] < numbers[key] for key in first)
 
     zygote.run("eval", f"run={whole}")
     again = json.loads((published / "eval.json").read_text())

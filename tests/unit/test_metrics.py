@@ -3,11 +3,14 @@
 import pytest
 import torch
 
+from sae_train.activations.topk import TopKConfig
 from sae_train.codes import Codes
 from sae_train.errors import InputError
-from sae_train.evaluate import build_metrics, collect, ordinary_rows
+from sae_train.evaluate import EvalConfig, HeldOut, build_metrics, collect, evaluate, ordinary_rows
 from sae_train.metrics.base import METRICS, EvalBatch, MetricConfig
+from sae_train.places import Places
 from sae_train.registry import discover
+from sae_train.sae.matryoshka import MatryoshkaConfig, MatryoshkaSAE
 
 discover("sae_train.metrics")
 D, F = 5, 9
@@ -116,3 +119,24 @@ def test_held_out_rows_are_collected_up_to_the_asked_number_and_outliers_marked(
 def test_ordinary_rows_are_judged_against_the_median_norm():
     rows = torch.eye(4) * torch.tensor([1.0, 1.0, 1.0, 11.0])
     assert ordinary_rows(rows, 10.0).tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize("sampled", [0, 2])
+def test_prefixes_of_a_matryoshka_sae_are_judged_by_what_they_reconstruct_without_the_others(sampled):
+    torch.manual_seed(0)
+    config = MatryoshkaConfig(d_sae=12, activation=TopKConfig(k=3), prefixes="1/4 2/3 1", sampled=sampled)
+    sae = MatryoshkaSAE(config, 5).eval()
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.normal_()
+    sae.begin_step(3, 10)  # draws prefixes of its own where it is asked to
+    x = torch.randn(50, 5)
+    held = HeldOut({"h": x}, {"h": torch.ones(50, dtype=torch.bool)})
+    numbers, _ = evaluate(sae, Places(("h",)), held, EvalConfig(batch_tokens=16))
+    dense, variance = sae.encode(x).dense(), (x - x.mean(dim=0)).square().sum()
+    for count in (3, 8):
+        alone = dense.clone()
+        alone[:, count:] = 0
+        missed = (x - sae.decode(Codes(alone, None, 12))).square().sum()
+        assert numbers[f"fvu_first/{count}"] == pytest.approx(float(missed.detach() / variance), rel=1e-5)
+    assert [name for name in numbers if name.startswith("fvu_first/")] == ["fvu_first/3", "fvu_first/8"]

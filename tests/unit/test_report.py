@@ -115,13 +115,32 @@ def test_the_increase_of_cross_entropy_follows_from_its_parts() -> None:
 
 
 def test_numbers_of_hooks_and_of_a_second_model_stand_beside_the_first_ones() -> None:
-    given = ["mine", "other/kl_sae", "fvu/resid_post.1", "kl_sae", "other/mine", "fvu", "recovery/mcc"]
-    expected = ["fvu/resid_post.1", "fvu", "other/kl_sae", "kl_sae", "recovery/mcc", "mine", "other/mine"]
+    given = [
+        "mine",
+        "fvu_first/144",
+        "other/kl_sae",
+        "fvu/resid_post.1",
+        "kl_sae",
+        "other/mine",
+        "fvu",
+        "recovery/mcc",
+    ]
+    expected = [
+        "fvu_first/144",
+        "fvu/resid_post.1",
+        "fvu",
+        "other/kl_sae",
+        "kl_sae",
+        "recovery/mcc",
+        "mine",
+        "other/mine",
+    ]
     assert ordered(given) == expected
     labels = {name: known.label for name in given if (known := about(name)) is not None}
     assert labels == {
         "other/kl_sae": "KL, second model",
         "fvu/resid_post.1": "FVU of resid_post.1",
+        "fvu_first/144": "FVU of the first 144",
         "kl_sae": "KL",
         "fvu": "FVU",
         "recovery/mcc": "true features matched",
