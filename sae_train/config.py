@@ -229,7 +229,10 @@ def to_config(composed: DictConfig) -> Any:
             key = sorted(missing)[0]
             raise InputError(key, "???", f"a value: say {key}=... on the command line")
         refuse_secrets(OmegaConf.to_container(composed, resolve=True))
-        return OmegaConf.to_object(composed)
+        config = OmegaConf.to_object(composed)
+        if isinstance(config, Config):
+            config.train.settle()
+        return config
     except OmegaConfBaseException as error:
         if isinstance(error.__cause__, InputError):
             raise error.__cause__ from None

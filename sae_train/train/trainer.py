@@ -72,11 +72,9 @@ class TrainConfig:
                 raise InputError(f"train.{key}", getattr(self, key), "a whole number of at least 1")
         if self.batch_tokens < 0:
             raise InputError("train.batch_tokens", self.batch_tokens, "a whole number of at least 1, or 0")
-        self.batch_tokens = self.batch_tokens or batch_for(self.tokens)
-        if self.tokens < self.batch_tokens:
-            raise InputError(
-                "train.tokens", self.tokens, f"at least train.batch_tokens={self.batch_tokens}, one step"
-            )
+        batch = self.batch_tokens or batch_for(self.tokens)
+        if self.tokens < batch:
+            raise InputError("train.tokens", self.tokens, f"at least train.batch_tokens={batch}, one step")
         if self.batch_tokens % self.accumulate:
             raise InputError(
                 "train.accumulate", self.accumulate, f"a divisor of batch_tokens={self.batch_tokens}"
@@ -95,6 +93,10 @@ class TrainConfig:
             raise InputError("train.loss_weight", self.loss_weight, "a number of at least 0")
         if not 0 <= self.ema < 1:
             raise InputError("train.ema", self.ema, "a number in [0, 1)")
+
+    def settle(self) -> None:
+        """Write what follows from other keys into its place; not when made, as defaults are made early."""
+        self.batch_tokens = self.batch_tokens or batch_for(self.tokens)
 
     @property
     def steps(self) -> int:

@@ -11,6 +11,8 @@ import torch
 
 from sae_train.activations.topk import TopKConfig
 from sae_train.batch import Batch
+from sae_train.cli.compose import compose
+from sae_train.config import to_config
 from sae_train.errors import InputError
 from sae_train.registry import Registry, nearest
 from sae_train.sae.init import geometric_median
@@ -21,7 +23,6 @@ from sae_train.train.optim import OptimConfig, build_optimizer, build_schedule
 from sae_train.train.resume import check_fingerprint, check_resume, classify, flatten
 from sae_train.train.state import rng_state, set_rng_state
 from sae_train.train.stepper import AutogradStepper
-from sae_train.train.trainer import TrainConfig
 
 D, F, N = 8, 24, 32
 
@@ -75,8 +76,9 @@ def test_default_learning_rate_follows_from_width_and_budget():
     [(512, 512), (1_023_999, 512), (1_024_000, 1024), (4_095_999, 2048), (4_096_000, 4096), (10**9, 4096)],
 )
 def test_batches_grow_with_the_budget_unless_they_are_said(tokens, batch):
-    assert TrainConfig(tokens=tokens).batch_tokens == batch
-    assert TrainConfig(tokens=tokens, batch_tokens=96).batch_tokens == 96
+    given = [f"train.tokens={tokens}", "model.name=any", "hook=resid_post.0"]
+    assert to_config(compose("train", given)).train.batch_tokens == batch
+    assert to_config(compose("train", [*given, "train.batch_tokens=96"])).train.steps == tokens // 96
 
 
 @pytest.mark.parametrize(
