@@ -4,6 +4,10 @@ A checkpoint is a committed folder (`files.py`) `step-00000500/` with `state.saf
 `state.json`. The state is one nested dict: its tensors go to the first file under their key path,
 everything else to the second, a tree that refers to the tensors. No pickle, no link called
 "latest": the newest step whose digests verify is the one to continue from.
+
+Where several processes train, each writes its own part into the one folder (`state-1.safetensors` ...),
+which must lie on a file system that they share; the lead commits it when all are done. What is read is the
+whole, so a run goes on with any number of processes.
 """
 
 import logging
@@ -12,7 +16,9 @@ import os
 import re
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -33,9 +39,12 @@ from sae_train.files import (
     write_json,
     write_tensors,
 )
+from sae_train.ranks import ALONE, Ranks
 
 logger = logging.getLogger(__name__)
 
+PARTED = "members"
+"""Of a state: by name, and each name in one process's part only. All else is the lead's to say."""
 KIND = "checkpoint"
 
 
@@ -62,10 +71,18 @@ class Checkpointer:
         folder: holds `step-*` folders and nothing else of ours; made by the first save.
         keep: newest whole checkpoints kept after each save. Damaged ones neither count nor get deleted.
         check: asked just before a step gets its name; raises if the run folder is not ours any more.
+        ranks: the processes that save and load together, with messages of their own.
     """
 
-    def __init__(self, folder: Path, keep: int = 3, check: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keep: int = 3,
+        check: Callable[[], None] = lambda: None,
+        ranks: Ranks = ALONE,
+    ) -> None:
         assert keep >= 2, keep
+        self.ranks = ranks
         self.folder, self.keep, self._check = Path(folder), keep, check
         self._current: int | None = None  # the step this process last saved or loaded from this folder
         self._whole: dict[int, bool] = {}  # verdict on the steps this process has verified
@@ -87,7 +104,8 @@ class Checkpointer:
     def save(self, step: int, state: Mapping[str, Any], meta: Mapping[str, Any]) -> Path:
         """Commit the state of a step, then retire the oldest beyond `keep`.
 
-        Saving a step that this process has saved or loaded already changes nothing.
+        Saving a step that this process has saved or loaded already changes nothing. Where there are several,
+        all call this, with the same step, and all succeed or none.
 
         Args:
             step: optimizer steps done.
@@ -107,22 +125,36 @@ class Checkpointer:
         if step == self._current and target.is_dir():
             return target
         tensors: dict[str, Tensor] = {}
-        tree = _flatten(state, "", tensors)
-        for name, tensor in tensors.items():
-            if not _finite(tensor):
-                raise NumericsError(f"step {step} is not saved: {name} holds NaN or infinity")
+        tree = _flatten(state if self.ranks.lead else {PARTED: state[PARTED]}, "", tensors)
+
+        def finite() -> None:
+            for name, tensor in tensors.items():
+                if not _finite(tensor):
+                    raise NumericsError(f"step {step} is not saved: {name} holds NaN or infinity")
+
+        def write() -> None:
+            write_tensors(temp / f"{_part(self.ranks.rank)}.safetensors", tensors)
+            write_json(temp / f"{_part(self.ranks.rank)}.json", tree)
+
+        self.ranks.all_do(finite)
+        with ExitStack() as commit:
+            temp = Path(self.ranks.lead_does(lambda: str(commit.enter_context(self._begin(step, meta)))))
+            self.ranks.all_do(write)
+            self.ranks.lead_does(commit.close)
+        self._current, self._saved = step, True
+        self._whole[step] = True
+        if self.ranks.lead:
+            for old in [s for s in self.steps(self.folder) if self._is_whole(s)][: -self.keep]:
+                remove_folder(self.path(old))
+        return target
+
+    def _begin(self, step: int, meta: Mapping[str, Any]) -> AbstractContextManager[Path]:
+        """The folder to write into, which gets its name when it is left."""
         self.folder.mkdir(exist_ok=True)  # not its parents: a run folder that is gone is not made anew
         if not self._saved:  # not earlier: a process that only reads must not remove a live writer's files
             remove_leftovers(self.folder)
         self._clear_way(step)
-        with committed_folder(target, KIND, {"step": step, "run": dict(meta)}, self._check) as temp:
-            write_tensors(temp / "state.safetensors", tensors)
-            write_json(temp / "state.json", tree)
-        self._current, self._saved = step, True
-        self._whole[step] = True
-        for old in [s for s in self.steps(self.folder) if self._is_whole(s)][: -self.keep]:
-            remove_folder(self.path(old))
-        return target
+        return committed_folder(self.path(step), KIND, {"step": step, "run": dict(meta)}, self._check)
 
     def load(self, path: Path | None = None) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
         """The newest checkpoint that verifies, or the one at `path`.
@@ -163,6 +195,11 @@ class Checkpointer:
         step, meta = _verify_step(folder)
         try:
             state = _unflatten(read_json(folder / "state.json"), read_tensors(folder / "state.safetensors"))
+            for rank in count(1):
+                if not (part := folder / f"{_part(rank)}.json").exists():
+                    break
+                more = _unflatten(read_json(part), read_tensors(part.with_suffix(".safetensors")))
+                state[PARTED] = {**state[PARTED], **more[PARTED]}
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise CorruptFolder(folder, f"its state cannot be put together ({error})") from error
         if not isinstance(state, dict):
@@ -197,6 +234,10 @@ class Checkpointer:
                 )
             self.path(late).rename(self.folder / f"step-{late:08d}.damaged-{uuid.uuid4().hex[:8]}")
             del self._whole[late]
+
+
+def _part(rank: int) -> str:
+    return f"state-{rank}" if rank else "state"
 
 
 def _verify_step(folder: Path) -> tuple[int, dict[str, Any]]:

@@ -25,6 +25,7 @@ from sae_train.harvest.corpus import CorpusConfig
 from sae_train.harvest.filters import FilterConfig
 from sae_train.harvest.model import ModelConfig
 from sae_train.log import LoggerConfig
+from sae_train.ranks import MeshConfig
 from sae_train.redact import refuse_secrets
 from sae_train.registry import discover, nearest
 from sae_train.sae.base import SAES, SAEConfig
@@ -84,6 +85,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)

@@ -31,3 +31,7 @@ class StoppedEarly(RuntimeError):
     """The run stopped early for an outside reason; what was done is saved, the same command continues it."""
 
     exit_code = 75
+
+
+class LostProcess(StoppedEarly):
+    """Another process of the run is gone or does not answer: nothing can be done together any more."""

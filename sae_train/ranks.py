@@ -1,17 +1,223 @@
-"""What the processes of one run agree on. A process that runs alone always agrees with itself."""
+"""The processes of one run: which this one is, what it alone does, and what they tell each other.
+
+`torchrun --no-python sae-train train ...` starts one process per device. Each of them reads, trains and
+judges its share; rank 0, the lead, alone writes what belongs to the run (metrics, checkpoints' names, the
+report). A process that runs alone is the lead of itself and talks to nobody.
+
+Two threads must not mix their messages, so the thread that harvests and the one that saves have groups of
+their own. Whatever may fail in one process only (a disk, a number) is done through `lead_does` or `all_do`:
+then it fails in all of them, with the same words, and none waits for one that has left.
+
+What is said is JSON in tensors of bytes: object collectives of torch would unpickle it.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from sae_train.errors import InputError, LostProcess, NumericsError, StoppedEarly
+
+T = TypeVar("T")
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether any process of the default group says yes; all of them must ask. No group: the flag itself.
+@dataclass
+class MeshConfig:
+    """How the processes of one run (torchrun starts them) share its work."""
 
-    A collective on a CPU tensor: the group needs gloo for CPU ("cpu:gloo,cuda:nccl"), so that asking at every
-    step never waits for a GPU.
+    timeout_s: int = 600
+    """A process that does not answer for so long is given up, and the run with it."""
+
+    def __post_init__(self) -> None:
+        if self.timeout_s < 1:
+            raise InputError("mesh.timeout_s", self.timeout_s, "a number of seconds, at least 1")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of its run."""
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+    """None: the default group, that of the main thread."""
+    timeout_s: int = 600
+
+    @property
+    def lead(self) -> bool:
+        return self.rank == 0
+
+    def mine(self, things: Sequence[T]) -> list[T]:
+        """This process's share; every thing is in the share of one."""
+        return list(things[self.rank :: self.size])
+
+    def apart(self) -> "Ranks":
+        """The same processes with messages of their own, for another thread. All have to call it, in turn."""
+        if self.size == 1:
+            return self
+        return replace(self, group=dist.new_group(timeout=timedelta(seconds=self.timeout_s)))
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says yes; all of them must ask."""
+        if self.size == 1:
+            return flag
+        said = torch.tensor(int(flag))  # on the CPU: asking at every step must not wait for a GPU
+        with _answered():
+            dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self.group)
+        return bool(said)
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every process says, in order of ranks, on all of them. JSON-able values."""
+        if self.size == 1:
+            return [value]
+        own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        with _answered():
+            dist.all_gather(sizes, torch.tensor([len(own)]), group=self.group)
+            longest = int(max(sizes))
+            parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
+            padded = torch.zeros(longest, dtype=torch.uint8)
+            padded[: len(own)] = own
+            dist.all_gather(parts, padded, group=self.group)
+        texts = (bytes(part[: int(size)].numpy()) for part, size in zip(parts, sizes, strict=True))
+        return [json.loads(text) for text in texts]
+
+    def spread(self, tensor: Tensor, owner: int) -> None:
+        """Overwrite a tensor with that of the rank `owner`; all have the same shape and dtype."""
+        if self.size > 1:
+            with _answered():
+                dist.broadcast(tensor, src=owner, group=self.group)
+
+    def lead_does(self, work: Callable[[], T]) -> T:
+        """What rank 0 makes of `work`, on all of them; if it raises, all raise. JSON-able results."""
+        if self.size == 1:
+            return work()
+        made, told = None, None
+        error: Exception | None = None
+        if self.lead:
+            try:
+                made = work()
+            except Exception as raised:
+                error, told = raised, _words(raised)
+        result, told = self.gather([made, told] if self.lead else None)[0]
+        if told is not None:
+            raise error or _error(told)
+        answer: T = result
+        return answer
+
+    def all_do(self, work: Callable[[], T]) -> T:
+        """Every process does its own; if one raises, all raise what the first of them did."""
+        if self.size == 1:
+            return work()
+        made, told = None, None
+        error: Exception | None = None
+        try:
+            made = work()
+        except Exception as raised:
+            error, told = raised, _words(raised)
+        first = next(((r, words) for r, words in enumerate(self.gather(told)) if words is not None), None)
+        if first is not None:
+            raise error if error is not None and first[0] == self.rank else _error(first[1])
+        return made  # type: ignore[return-value]
+
+
+ALONE = Ranks()
+
+
+def started() -> int:
+    """How many processes torchrun, or whoever speaks its language, started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def joined(config: MeshConfig) -> Iterator[Ranks]:
+    """Meet the other processes; alone if there are none.
+
+    Raises:
+        InputError: they do not meet.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        return flag
-    said = torch.tensor(int(flag))
-    dist.all_reduce(said, op=dist.ReduceOp.MAX)
-    return bool(said)
+    if started() == 1:
+        yield Ranks()
+        return
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else None
+    )
+    if device is not None:
+        torch.cuda.set_device(device)
+    timeout = timedelta(seconds=config.timeout_s)
+    try:
+        dist.init_process_group(
+            "gloo" if device is None else "cpu:gloo,cuda:nccl",
+            store=_store(timeout),
+            rank=int(os.environ["RANK"]),
+            world_size=started(),
+            timeout=timeout,
+        )
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        where = ":".join(os.environ.get(f"MASTER_{part}", "?") for part in ("ADDR", "PORT"))
+        wanted = f"an address where all {started()} processes meet, as torchrun sets it ({_first(error)})"
+        raise InputError("MASTER_ADDR:MASTER_PORT", where, wanted) from error
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), timeout_s=config.timeout_s)
+    finally:
+        dist.destroy_process_group()
+
+
+def _store(timeout: timedelta) -> dist.Store:
+    """Where the processes leave their addresses.
+
+    torchrun's own store outlives a restart of its workers, and those after it then find the addresses of
+    those before (pytorch issue 135712): each attempt gets names of its own.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    hosts = not of_agent and os.environ["RANK"] == "0"
+    store = dist.TCPStore(address, port, started(), is_master=hosts, timeout=timeout)
+    return dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+@contextmanager
+def _answered() -> Iterator[None]:
+    """Inside, a collective; one that fails has lost a process, or waited for it in vain."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostProcess(
+            f"another process of this run is gone or does not answer ({_first(error)}); what was saved is "
+            "whole, and the same command continues"
+        ) from error
+
+
+def _first(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _words(error: Exception) -> list[Any]:
+    """An error for another process; one of a kind that nobody expects is only described."""
+    if isinstance(error, InputError):
+        return ["input", error.field, str(error.value), error.accepted]
+    if isinstance(error, NumericsError | StoppedEarly):
+        return [type(error).__name__, str(error)]
+    if isinstance(error, OSError) and error.errno is not None:
+        return ["os", error.errno, error.strerror or "", str(error.filename or "")]
+    return ["other", f"{type(error).__name__}: {error}"]
+
+
+def _error(words: list[Any]) -> Exception:
+    kind, *rest = words
+    if kind == "input":
+        return InputError(*rest)
+    if kind == "os":
+        return OSError(*rest)
+    if kind == NumericsError.__name__:
+        return NumericsError(*rest)
+    if kind == StoppedEarly.__name__:
+        return StoppedEarly(*rest)
+    return RuntimeError(f"in another process: {rest[0]}")

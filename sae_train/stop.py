@@ -9,6 +9,7 @@ on the way takes it for an error of its own.
 import time
 
 _reason: str | None = None
+_together = False
 # A plain name and no threading.Event: a signal handler sets it, and may run inside the wait for the Event.
 
 SLICE_S = 0.2
@@ -32,9 +33,16 @@ def reason() -> str | None:
     return _reason
 
 
+def together(held: bool) -> None:
+    """Whether this process works in step with others: then it leaves only where they agree to, and `check`
+    lets it go on until there."""
+    global _together
+    _together = held
+
+
 def check() -> None:
     """Raise `Interrupted` if the process was asked to stop."""
-    if _reason is not None:
+    if _reason is not None and not _together:
         raise Interrupted(_reason)
 
 
@@ -52,5 +60,5 @@ def sleep(seconds: float) -> None:
 
 def clear() -> None:
     """Forget the request: for the next run in the same process."""
-    global _reason
-    _reason = None
+    global _reason, _together
+    _reason, _together = None, False

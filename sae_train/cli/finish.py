@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from torch import Tensor
@@ -23,6 +23,7 @@ from sae_train.metrics.density import Density
 from sae_train.metrics.l0 import L0
 from sae_train.metrics.sharing import decoder_shares
 from sae_train.places import Places
+from sae_train.ranks import Ranks
 from sae_train.report import plots
 from sae_train.report.card import describe, write_card
 from sae_train.report.html import MemberReport, ReportData, write_report
@@ -34,6 +35,8 @@ from sae_train.train.members import Member
 from sae_train.train.record import RunRecord
 from sae_train.train.state import TrainState
 
+T = TypeVar("T")
+
 
 def finish(
     config: Config,
@@ -43,14 +46,18 @@ def finish(
     state: TrainState,
     heldout: HeldOut,
     clock: Clock,
-    log: MetricLog,
+    log: MetricLog | None,
+    ranks: Ranks,
 ) -> None:
-    """Write RUN/saes/NAME for every member and RUN/report.html, and print the final table."""
-    results: dict[str, dict[str, float]] = {}
+    """Write RUN/saes/NAME for every member and RUN/report.html, and print the final table.
+
+    Each process judges and publishes its own members; the lead, which has the log, does what is left.
+    """
+    own: dict[str, dict[str, float]] = {}
     found: dict[str, list[Metric]] = {}
     for member in state.members:
         with clock.phase("evaluation"):
-            results[member.name], found[member.name] = evaluate(
+            own[member.name], found[member.name] = evaluate(
                 member.trained(),
                 member.places,
                 heldout,
@@ -58,28 +65,39 @@ def finish(
                 timed(wired.splice, clock),
                 config.eval.ce_tokens,
             )
-        results[member.name]["dead"] = float(member.stats.dead(member.dead_after_tokens).double().mean())
-        log.write(
-            state.step,
-            state.tokens,
-            {f"{member.name}/heldout/{key}": value for key, value in results[member.name].items()},
-        )
+        own[member.name]["dead"] = float(member.stats.dead(member.dead_after_tokens).double().mean())
+    results = in_order(ranks.gather(own), record)
+    if log is not None:
+        for name, numbers in results.items():
+            log.write(state.step, state.tokens, {f"{name}/heldout/{key}": x for key, x in numbers.items()})
+    ranks.any(False)  # the log is written
     records = read_metrics(folder)
-    reports = []
+    parts: dict[str, MemberReport] = {}
     for member in state.members:
         stop.check()
         with clock.phase("report"):
-            reports.append(
-                publish(
-                    folder / "saes" / member.name,
-                    member,
-                    results[member.name],
-                    found[member.name],
-                    wired,
-                    state,
-                    records,
-                )
+            parts[member.name] = publish(
+                folder / "saes" / member.name,
+                member,
+                own[member.name],
+                found[member.name],
+                wired,
+                state,
+                records,
             )
+    told = {
+        name: (part.description, {title: str(path) for title, path in part.plots.items()})
+        for name, part in parts.items()
+    }
+    reports = [
+        MemberReport(name, description, results[name], {title: Path(path) for title, path in drawn.items()})
+        for name, (description, drawn) in in_order(ranks.gather(told), record).items()
+    ]
+    several = len({(m["hook"], m["target"]) for m in record.config["members"].values()}) > 1
+    points = in_order(ranks.gather(trade_offs(state.members, several)), record)
+    problems = [line for lines in ranks.gather(skipped_steps(state)) for line in lines]
+    if log is None:
+        return
     seconds = time_shares(clock.state_dict(), wired.source.seconds)
     wall, waited = sum(seconds.values()), clock.seconds.get("rows", 0.0)
     rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -99,8 +117,12 @@ def finish(
     )
     (folder / "plots").mkdir(exist_ok=True)
     drawn = {"time": plots.time_share(seconds, folder / "plots" / "time.png")}
-    if len(state.members) > 1:
-        drawn["pareto"] = plots.pareto(trade_offs(state.members, results), folder / "plots" / "pareto.png")
+    if len(results) > 1:
+        series: dict[str, dict[str, tuple[float, float]]] = {}
+        for name, legend in points.items():
+            point = (results[name].get("l0", math.nan), results[name].get("fvu", math.nan))
+            series.setdefault(legend, {})[name] = point
+        drawn["pareto"] = plots.pareto(series, folder / "plots" / "pareto.png")
     report = folder / "report.html"
     write_report(
         report,
@@ -112,13 +134,13 @@ def finish(
             filters=dict(wired.source.counts),
             command=record.command,
             versions=record.versions,
-            warnings=warnings(config, state, wired),
+            warnings=problems + warnings(config, state, wired),
             summary=summary,
             plots=drawn,
         ),
     )
     if config.logger.wandb:
-        log.keep(artifacts(config, folder, [member.name for member in state.members]))
+        log.keep(artifacts(config, folder, list(results)))
     print_results(results)
     for name, spent, share in time_table(seconds):
         print(f"  {name:<18} {spent:8.1f} s  {share:6.1%}")
@@ -130,20 +152,20 @@ def finish(
     print(f"report: {report}")
 
 
-def trade_offs(
-    members: list[Member], results: dict[str, dict[str, float]]
-) -> dict[str, dict[str, tuple[float, float]]]:
-    """What to draw of a set: SAEs of one kind at one place in a line, name -> (L0, FVU)."""
-    several = len({member.places for member in members}) > 1
-    series: dict[str, dict[str, tuple[float, float]]] = {}
+def in_order(parts: list[dict[str, T]], record: RunRecord) -> dict[str, T]:
+    """What processes said of their members, in the order of the run's."""
+    said = {name: value for part in parts for name, value in part.items()}
+    return {name: said[name] for name in record.config["members"] if name in said}
+
+
+def trade_offs(members: list[Member], several: bool) -> dict[str, str]:
+    """name -> what it is drawn as: SAEs of one kind at one place are in a line."""
+    legends = {}
     for member in members:
-        config, numbers = member.config.sae, results[member.name]
+        config = member.config.sae
         legend = f"{config.name}, {config.activation.name}, {member.sae.d_sae:,} latents"
-        if several:
-            legend += f", {'+'.join(member.places.outputs)}"
-        point = (numbers.get("l0", math.nan), numbers.get("fvu", math.nan))
-        series.setdefault(legend, {})[member.name] = point
-    return series
+        legends[member.name] = legend + (f", {'+'.join(member.places.outputs)}" if several else "")
+    return legends
 
 
 def timed(splice: Splice | None, clock: Clock) -> Splice | None:
@@ -233,15 +255,18 @@ def draw(
     return drawn
 
 
+def skipped_steps(state: TrainState) -> list[str]:
+    return [
+        f"{member.name}: {skipped} steps were left out, {int(member.spikes.spikes)} of them because "
+        "their loss was a spike, the others because gradients were not finite."
+        for member in state.members
+        if (skipped := int(member.skipped))
+    ]
+
+
 def warnings(config: Config, state: TrainState, wired: Wired) -> list[str]:
     """What a reader of the report should know before believing its numbers."""
     out = []
-    for member in state.members:
-        if skipped := int(member.skipped):
-            out.append(
-                f"{member.name}: {skipped} steps were left out, {int(member.spikes.spikes)} of them because "
-                "their loss was a spike, the others because gradients were not finite."
-            )
     if wired.splice is None:
         out.append(
             "Cross-entropy was not measured: there is no language model in this run, or eval.ce_tokens is 0."

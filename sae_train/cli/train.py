@@ -4,6 +4,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from sae_train.evaluate import build_metrics, evaluate
 from sae_train.files import write_bytes
 from sae_train.log import METRICS_FILE, MetricLog, setup_logging
 from sae_train.member_set import members
+from sae_train.ranks import Ranks, joined
 from sae_train.sae.base import SAES
 from sae_train.sae.io import load_sae
 from sae_train.train.clock import Clock
@@ -32,9 +34,10 @@ from sae_train.train.kernels import choose_stepper
 from sae_train.train.members import Member, MemberConfig
 from sae_train.train.progress import Progress
 from sae_train.train.record import RunRecord, versions
-from sae_train.train.resume import check_fingerprint, check_resume
+from sae_train.train.resume import check_fingerprint, check_resume, flatten
 from sae_train.train.saver import Saver
 from sae_train.train.state import TrainState, seed_rng
+from sae_train.train.stepper import AutogradStepper
 from sae_train.train.trainer import Trainer
 
 INIT_ROWS = 32_768
@@ -53,8 +56,38 @@ def train(composed: DictConfig, args: list[str]) -> int:
     wanted = members(config, composed)
     check(config)
     folder = run_folder(config)
-    with StopSignals() as signals, owned("run.dir", folder) as ownership:
-        return _run(config, wanted, folder, "sae-train " + shlex.join(args), signals, ownership)
+    with StopSignals() as signals, joined(config.mesh) as ranks:
+        check_alike(ranks, folder, as_tree(config))
+        with ExitStack() as held:
+            owner = Owner(folder)
+            ranks.lead_does(lambda: owner.hold(held))
+            return _run(config, wanted, folder, "sae-train " + shlex.join(args), signals, owner.check, ranks)
+
+
+class Owner:
+    """The hold on the run folder, which the lead has for all processes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ownership: Ownership | None = None
+
+    def hold(self, held: ExitStack) -> None:
+        self.ownership = held.enter_context(owned("run.dir", self.folder))
+
+    def check(self) -> None:
+        """As `Ownership.check`; processes that do not own the folder leave that to the one that does."""
+        if self.ownership is not None:
+            self.ownership.check()
+
+
+def check_alike(ranks: Ranks, folder: Path, tree: dict[str, Any]) -> None:
+    """Raises InputError if processes of one run were told different things, or run different releases."""
+    told = flatten(tree) | {"run.dir": str(folder)} | versions()
+    for other, theirs in enumerate(ranks.gather(told)):
+        for key in sorted(told.keys() | theirs.keys()):
+            if (mine := told.get(key)) != theirs.get(key):
+                wanted = f"the same in every process; process {other} has {theirs.get(key)!r}"
+                raise InputError(key, mine, wanted)
 
 
 def _run(
@@ -63,16 +96,18 @@ def _run(
     folder: Path,
     command: str,
     signals: StopSignals,
-    ownership: Ownership,
+    check_owner: Callable[[], None],
+    ranks: Ranks,
 ) -> int:
     record = RunRecord.read(folder)
     tree = as_tree(config) | {"members": {m.name: as_tree(m) for m in wanted}}
     defaults = as_tree(Config())
-    checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint.keep, ownership.check)
+    checkpointer = Checkpointer(folder / "checkpoints", config.checkpoint.keep, check_owner, ranks.apart())
     if record is not None:
         check_resume(record.config, tree, defaults)
         if record.status == "done":
-            print(f"{folder} is finished ({record.step} steps); its report is {folder / 'report.html'}")
+            if ranks.lead:
+                print(f"{folder} is finished ({record.step} steps); its report is {folder / 'report.html'}")
             return 0
     loaded = checkpointer.load()
     if loaded is not None:
@@ -87,7 +122,7 @@ def _run(
     if loaded is None:
         for path in filter(None, (m.start for m in wanted)):
             load_sae(path)  # one that cannot be read says so before anything is harvested
-    setup_logging(folder)
+    setup_logging(folder if ranks.lead else None)
     device = pick_device(config.model.device)
     before = (
         record.chosen if record is not None else loaded[2].get("chosen", {}) if loaded is not None else {}
@@ -96,7 +131,7 @@ def _run(
     torch.set_num_threads(chosen["threads"])
     clock = Clock()
     with clock.phase("loading"):
-        wired = wire(config, hooks_of(wanted), device, chosen, lambda dims: check_widths(wanted, dims))
+        wired = wire(config, hooks_of(wanted), device, chosen, lambda dims: check_widths(wanted, dims), ranks)
     try:
         for member in wanted:
             member.hook = "+".join(map(wired.key, member.places.inputs))
@@ -115,9 +150,20 @@ def _run(
                 "fingerprint": record.fingerprint,
                 "chosen": record.chosen,
             }
-            saver = Saver(checkpointer, meta, ownership.check)
+            saver = Saver(checkpointer, meta, check_owner)
             return _train(
-                config, folder, record, wired, wanted, clock, device, saver, loaded, signals, ownership.check
+                config,
+                folder,
+                record,
+                wired,
+                wanted,
+                clock,
+                device,
+                saver,
+                loaded,
+                signals,
+                check_owner,
+                ranks,
             )
     finally:
         wired.source.close()
@@ -146,6 +192,7 @@ def _train(
     loaded: tuple[int, dict[str, Any], dict[str, Any]] | None,
     signals: StopSignals,
     check: Callable[[], None],
+    ranks: Ranks,
 ) -> int:
     steps = record.steps
     seed_rng(config.run.seed)
@@ -160,12 +207,16 @@ def _train(
             config.train.spike_sds,
             config.train.spike_window,
         )
-        for m in wanted
+        for m in ranks.mine(wanted)
     ]
     autocast = torch.bfloat16 if record.chosen["autocast"] == "bfloat16" else None
-    stepper = choose_stepper(
-        config.kernels, built, config.train.accumulate, autocast, wired.through, config.train.loss_weight
-    )
+    if built:
+        stepper = choose_stepper(
+            config.kernels, built, config.train.accumulate, autocast, wired.through, config.train.loss_weight
+        )
+    else:
+        logger.info("there are more processes than SAEs; this one harvests only")
+        stepper = AutogradStepper()
     state = TrainState(built, wired.source)
     if loaded is not None:
         with clock.phase("loading"):
@@ -174,15 +225,16 @@ def _train(
         for name, seconds in state.extra["producer"].items():
             wired.source.seconds[name] = wired.source.seconds.get(name, 0.0) + seconds
         logger.info("continuing from step %d of %d", state.step, steps)
-        print(f"continuing {folder} from step {state.step} of {steps}", file=sys.stderr)
+        if ranks.lead:
+            print(f"continuing {folder} from step {state.step} of {steps}", file=sys.stderr)
     record.step, record.tokens = state.step, state.tokens
-    record.write(folder)
-    (folder / "checkpoints").mkdir(exist_ok=True)  # before the first number is logged: see `was_trained`
-    write_bytes(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(as_tree(config))).encode())
+    ranks.lead_does(lambda: begin_folder(config, folder, record))
     eval_every = max(steps // 4, 1) if config.eval.every is None else config.eval.every
     with (
-        MetricLog(folder, config.logger, record.config, state.extra.get("log"), check) as log,
-        Progress(config.train.tokens, start_tokens=state.tokens) as progress,
+        nullcontext()
+        if not ranks.lead
+        else MetricLog(folder, config.logger, record.config, state.extra.get("log"), check) as log,
+        Progress(config.train.tokens, quiet=not ranks.lead, start_tokens=state.tokens) as progress,
     ):
         with clock.phase("model forward"):
             progress.phase("harvesting held-out rows")
@@ -210,28 +262,39 @@ def _train(
             save_every=config.checkpoint.every,
             resample_every=config.train.resample_every,
             allow_short=config.corpus.allow_short,
+            ranks=ranks,
         )
         progress.phase("training")
         status = "stopped"
         signals.defer()
+        stop.together(ranks.size > 1)
         try:
             trainer.fit(state, steps)
             status = "done"
         finally:
             record.status = status
             record.step, record.tokens = state.step, state.tokens
-            if status != "done":
+            if status != "done" and ranks.lead:
                 record.write_last(folder, check)
-        wired.source.close()  # what is harvested ahead is not needed any more
+        stop.together(False)
+        if ranks.size == 1:
+            wired.source.close()  # what is harvested ahead is not needed any more
         progress.phase("evaluating")
         try:
-            finish(config, folder, record, wired, state, heldout, clock, log)
+            finish(config, folder, record, wired, state, heldout, clock, log, ranks)
         except stop.Interrupted as error:
             raise stop.Interrupted(
                 f"{error}: trained and saved; the same command evaluates and writes the report"
             ) from None
-    record.write(folder)
+    ranks.lead_does(lambda: record.write(folder))
     return 0
+
+
+def begin_folder(config: Config, folder: Path, record: RunRecord) -> None:
+    """Write down what this leg of the run is."""
+    record.write(folder)
+    (folder / "checkpoints").mkdir(exist_ok=True)  # before the first number is logged: see `was_trained`
+    write_bytes(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(as_tree(config))).encode())
 
 
 def was_trained(folder: Path, checkpoints: Path) -> bool:

@@ -5,33 +5,33 @@ names, context length, tokenizer and the corpus first, weights last.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sae_train.batch import RowProducer
+from sae_train.cli.language_model import CheckWidths, load_language_model
 from sae_train.config import Config
 from sae_train.demo import resolve as demo
 from sae_train.errors import InputError
 from sae_train.evaluate import HeldOut, Splice, collect, ordinary_rows
-from sae_train.harvest.corpus import CorpusConfig, Documents
+from sae_train.harvest.corpus import Documents
 from sae_train.harvest.end_to_end import EndToEnd
 from sae_train.harvest.filters import keep_mask
-from sae_train.harvest.harvester import Harvester, dims_from_config
-from sae_train.harvest.hooks import OTHER, Site, is_other, resolve
-from sae_train.harvest.kinds import is_causal_lm, skeleton
-from sae_train.harvest.model import ModelConfig, check_context, load_config, load_model, load_tokenizer
-from sae_train.harvest.second import check_embeddings, check_tokenizers, of_second, second
+from sae_train.harvest.harvester import Harvester
+from sae_train.harvest.hooks import OTHER, is_other
+from sae_train.harvest.kinds import is_causal_lm
 from sae_train.harvest.splice import SpliceResult, splice_report
 from sae_train.harvest.stream import StreamRows
 from sae_train.harvest.window_source import WindowSource
-from sae_train.harvest.windows import Windows, WindowStream, check_vocabulary, special_ids
+from sae_train.harvest.windows import Windows, WindowStream
 from sae_train.places import Places
+from sae_train.ranks import ALONE, Ranks
 from sae_train.registry import nearest
 from sae_train.shards.disk import DiskShards
 from sae_train.shards.ring import Prefetch
@@ -69,12 +69,13 @@ class Wired:
     """The language model to train through, if `train.loss` is its own; batches are then of windows."""
 
 
-CheckWidths = Callable[[Mapping[str, int]], None]
-"""Told the width of every hook, as the user spelt it, as soon as it is known; raises what does not fit."""
-
-
 def wire(
-    config: Config, hooks: list[str], device: torch.device, chosen: dict[str, Any], check_widths: CheckWidths
+    config: Config,
+    hooks: list[str],
+    device: torch.device,
+    chosen: dict[str, Any],
+    check_widths: CheckWidths,
+    ranks: Ranks = ALONE,
 ) -> Wired:
     """Build the source that `source.name` asks for.
 
@@ -84,6 +85,7 @@ def wire(
         device: where rows are wanted.
         chosen: values chosen automatically in an earlier leg of the run; read, and filled in when absent.
         check_widths: called before any weights are read.
+        ranks: the processes that share the model's work; every one of them gets all rows.
 
     Raises:
         InputError: anything the user gave that cannot work.
@@ -91,8 +93,11 @@ def wire(
     _check_second(config, hooks)
     if config.train.loss != "rows" and config.source.name != "stream":
         raise InputError("train.loss", config.train.loss, "rows, or source=stream: it needs the model")
-    wirings = {"stream": _stream, "shards": _shards, "tensors": _tensors, "synthetic": _synthetic}
-    return wirings[config.source.name](config, list(dict.fromkeys(hooks)), device, chosen, check_widths)
+    hooks = list(dict.fromkeys(hooks))
+    if config.source.name == "stream":
+        return _stream(config, hooks, device, chosen, check_widths, ranks)
+    wirings = {"shards": _shards, "tensors": _tensors, "synthetic": _synthetic}
+    return wirings[config.source.name](config, hooks, device, chosen, check_widths)
 
 
 def _check_second(config: Config, hooks: list[str]) -> None:
@@ -110,82 +115,13 @@ def _check_second(config: Config, hooks: list[str]) -> None:
         raise InputError("model.other", model.other, wanted)
 
 
-@dataclass
-class LanguageModel:
-    """A model that has been checked against the configuration, before and after its weights were read."""
-
-    model: nn.Module
-    tokenizer: Any
-    special: Tensor
-    sites: list[Site]
-    fingerprint: dict[str, str]
-    description: dict[str, Any]
-    other: nn.Module | None = None
-    """The second model, where there are hooks in it."""
-
-
-def load_language_model(
-    config: ModelConfig,
-    corpus: CorpusConfig,
-    hooks: list[str],
-    check_widths: CheckWidths,
-    before_weights: Callable[[Any], None],
-) -> LanguageModel:
-    """Check what can be checked cheaply, run `before_weights(tokenizer)` (it opens the corpus), then load.
-
-    Raises:
-        InputError: anything about model, hooks or tokenizer that cannot work.
-    """
-    if config.name in ("none", "???"):
-        raise InputError("model.name", config.name, "a Hugging Face model: model.name=HUB_ID or a folder")
-    hf_config = load_config(config)
-    bare = {False: skeleton(hf_config)}
-    other = second(config) if any(map(is_other, hooks)) else None
-    if other is not None:
-        with of_second():
-            hf_other = load_config(other)
-            bare[True] = skeleton(hf_other)
-    sites = [resolve(hook, bare[is_other(hook)]) for hook in hooks]
-    for i, site in enumerate(sites):
-        if site.key in [earlier.key for earlier in sites[:i]]:
-            raise InputError("hook", site.name, f"each place once; it is {site.key}, which is there already")
-    check_context(hf_config, corpus.context_length)
-    widths = dims_from_config([site for site in sites if not site.other], hf_config)
-    if other is not None:
-        with of_second():
-            check_context(hf_other, corpus.context_length)
-            widths |= dims_from_config([site for site in sites if site.other], hf_other)
-    check_widths({site.name: widths[site.key] for site in sites})
-    tokenizer = load_tokenizer(config)
-    check_vocabulary(tokenizer, hf_config.get_text_config().vocab_size)
-    if other is not None:
-        check_embeddings(other.name, tokenizer, hf_other.get_text_config().vocab_size)
-        with of_second():
-            check_tokenizers(other.name, tokenizer, load_tokenizer(other))
-    before_weights(tokenizer)
-    model, info = load_model(config, tokenizer)
-    description = {
-        "model": info.name,
-        "model_revision": info.revision,
-        "dtype": info.dtype,
-        "hooks": {
-            site.key: {"module": site.path, "side": site.side, "transformer_lens": site.tl_name}
-            for site in sites
-        },
-        "context_length": corpus.context_length,
-    }
-    lm = LanguageModel(model, tokenizer, special_ids(tokenizer), sites, dict(info.fingerprint), description)
-    if other is not None:
-        with of_second():
-            lm.other, info = load_model(other, tokenizer)
-        lm.description |= {"other_model": info.name, "other_model_revision": info.revision}
-        decisive = ("model", "model_revision", "attn_implementation")
-        lm.fingerprint |= {f"other_{key}": info.fingerprint[key] for key in decisive}
-    return lm
-
-
 def _stream(
-    config: Config, hooks: list[str], device: torch.device, chosen: dict[str, Any], check_widths: CheckWidths
+    config: Config,
+    hooks: list[str],
+    device: torch.device,
+    chosen: dict[str, Any],
+    check_widths: CheckWidths,
+    ranks: Ranks,
 ) -> Wired:
     corpus = replace(config.corpus, name=demo(config.corpus.name) if config.corpus.name else None)
     other_name = demo(config.model.other) if config.model.other else None
@@ -218,13 +154,21 @@ def _stream(
     lm = load_language_model(model_config, corpus, hooks, check_widths, open_corpus)
     micro_batch = chosen.get("micro_batch", config.model.micro_batch)
     harvester = Harvester(lm.model, lm.sites, micro_batch, context_length=length, other=lm.other)
+    harvester.micro_batch = min(ranks.gather(harvester.micro_batch))  # devices may be unequal; rows are not
     chosen["micro_batch"] = harvester.micro_batch
     shard_windows = max(1, round(source.shard_tokens / (length * source.lanes))) * source.lanes
     identity = windows["train"].fingerprint() | lm.fingerprint | {"model": config.model.name}
     if lm.other is not None:
         identity["other_model"] = str(config.model.other)
     producer = StreamRows(
-        windows["train"], harvester, config.filter, lm.special, shard_windows, source.lanes, identity
+        windows["train"],
+        harvester,
+        config.filter,
+        lm.special,
+        shard_windows,
+        source.lanes,
+        identity,
+        ranks.apart(),
     )
     shards = PermutedShards(producer, source.seed, source.lanes)
     ahead = Prefetch(shards, source.prefetch, device, producer.cancel)
@@ -234,8 +178,7 @@ def _stream(
 
     def heldout() -> HeldOut:
         taken = judged[0]
-        with ahead.idle():  # hooks sit on the model: two threads must never run it at once
-            rows = harvester.rows(taken)
+        rows = harvester.rows(taken)
         mask, _, _ = keep_mask(rows, taken.tokens, taken.valid, lm.special, config.filter)
         with_sinks, _, _ = keep_mask(
             rows, taken.tokens, taken.valid, lm.special, replace(config.filter, sinks=False)
@@ -259,7 +202,7 @@ def _stream(
         count = ceil(tokens / length)
         w, mask = judged[0], masks[0]
         some = Windows(w.tokens[:count], w.valid[:count], w.starts[:count], w.index[:count])
-        with ahead.idle():
+        with harvester.model_lock:
             return splice_report(
                 lm.model, some, mask[:count], inputs, outputs, reconstruct, means, lm.other, ablated[count]
             )

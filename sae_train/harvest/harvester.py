@@ -11,6 +11,7 @@ needs to know, and a model's rows are the bits that it gives when it is harveste
 
 import inspect
 import logging
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,6 +53,8 @@ class Harvester:
     Attributes:
         micro_batch: the number in use.
         dims: site key -> D.
+        model_lock: held during a forward. Hooks belong to the model, not to a thread: whoever else runs the
+            model holds this meanwhile.
 
     Raises:
         InputError: a hook is given twice, is never or repeatedly called in a pass, or is not [B, T, D].
@@ -79,6 +82,7 @@ class Harvester:
         self.device = next(model.parameters()).device
         dims = {key: width for of, inside in self.parts for key, width in check_sites(of, inside).items()}
         self.dims: Mapping[str, int] = {key: dims[key] for key in keys}
+        self.model_lock = threading.Lock()
         self.micro_batch = micro_batch if micro_batch is not None else self._size(context_length)
 
     def rows(self, windows: Windows, out: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -110,8 +114,9 @@ class Harvester:
     def _forward(
         self, tokens: Tensor, valid: Tensor, part: slice, num_windows: int, rows: dict[str, Tensor]
     ) -> None:
-        for model, sites in self.parts:
-            self._run(model, sites, tokens, valid, part, num_windows, rows)
+        with self.model_lock:
+            for model, sites in self.parts:
+                self._run(model, sites, tokens, valid, part, num_windows, rows)
 
     def _run(
         self,

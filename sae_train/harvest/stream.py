@@ -2,7 +2,8 @@
 
 A shard is the next `shard_windows` windows. They are dealt to lanes round robin, window j to lane j % lanes,
 and each lane is harvested for itself, in micro-batches that never mix lanes. So the rows of a lane are the
-same bits whether one process harvests all lanes or several share them.
+same bits whether one process harvests all lanes or several share them and pass them on: a shard is the same
+in every process.
 
 Memory is one shard (the rows are filtered in place) and one micro-batch.
 """
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +23,7 @@ from sae_train.errors import InputError
 from sae_train.harvest.filters import FilterConfig, compact, decide, measure
 from sae_train.harvest.harvester import Harvester
 from sae_train.harvest.windows import Windows
+from sae_train.ranks import ALONE, Ranks
 
 
 class Stream(Protocol):
@@ -43,6 +46,8 @@ class StreamRows:
         special_ids: [S] int64 token ids that the special-token rule drops.
         shard_windows: a multiple of `lanes`.
         fingerprint: of model, tokenizer and corpus; what is decided here is added to it.
+        ranks: the processes that share the lanes, with messages of their own; of s, rank r harvests lanes r,
+            r + s and so on.
     """
 
     def __init__(
@@ -54,6 +59,7 @@ class StreamRows:
         shard_windows: int,
         lanes: int,
         fingerprint: Mapping[str, str],
+        ranks: Ranks = ALONE,
     ) -> None:
         if lanes < 1 or shard_windows < lanes or shard_windows % lanes:
             raise InputError(
@@ -70,6 +76,7 @@ class StreamRows:
             "lanes": str(lanes),
         }
         self.shard = 0
+        self.ranks = ranks
         self._cancelled = threading.Event()
 
     def next_rows(self) -> RawRows | None:
@@ -118,24 +125,30 @@ class StreamRows:
         self._cancelled.clear()
 
     def cancel(self) -> None:
-        """Make `next_rows` on another thread give up at its next lane with `Cancelled`, until a `seek`."""
-        self._cancelled.set()
+        """Make `next_rows` on another thread give up at its next lane with `Cancelled`, until a `seek`.
+
+        Not where other processes wait for the lanes of this one: then it ends with the shard.
+        """
+        if self.ranks.size == 1:
+            self._cancelled.set()
 
     def _forward(self, windows: Windows, lane_windows: list[int]) -> dict[str, Tensor]:
         """hook -> [B, T, D], lane by lane into tensors made once per shard."""
         rows: dict[str, Tensor] = {}
-        start = 0
-        for count in lane_windows:
-            part = slice(start, start + count)
+        ends = list(accumulate(lane_windows))
+        parts = [slice(end - count, end) for end, count in zip(ends, lane_windows, strict=True) if count]
+        # A process without a lane in a short last shard makes the first, to have tensors to receive into.
+        for part in self.ranks.mine(parts) or parts[:1]:
             lane = Windows(
                 windows.tokens[part], windows.valid[part], windows.starts[part], windows.index[part]
             )
             if self._cancelled.is_set():
                 raise Cancelled("the shard under way is no longer wanted")
-            if count:
-                self._harvest(lane, part, len(windows.tokens), rows)
-            start += count
+            self._harvest(lane, part, len(windows.tokens), rows)
         self._wait()
+        for i, part in enumerate(parts):
+            for hook in sorted(rows):
+                self.ranks.spread(rows[hook][part], i % self.ranks.size)
         return rows
 
     def _harvest(self, lane: Windows, part: slice, num_windows: int, rows: dict[str, Tensor]) -> None:

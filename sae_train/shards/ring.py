@@ -9,8 +9,8 @@ import dataclasses
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -56,7 +56,6 @@ class Prefetch:
         self._thread: threading.Thread | None = None
         self._ended = False
         self._error: BaseException | None = None
-        self._working = threading.Lock()  # held while a shard is made
         self._stop = threading.Event()
 
     @property
@@ -107,16 +106,7 @@ class Prefetch:
         self.stream.seek(cursor)
         self._ended, self._error = False, None
 
-    @contextmanager
-    def idle(self) -> Iterator[None]:
-        """While inside, no shard is being made: for those who need the model to themselves.
-
-        Waits for the shard under way, which is work that has to be done anyway.
-        """
-        with self._working:
-            yield
-
-    def close(self, timeout_s: float = STUCK_S) -> None:
+    def close(self, timeout_s: float | None = STUCK_S) -> None:
         """Stop making shards; one that takes longer than the timeout is abandoned to its daemon thread."""
         if self._halt(timeout_s):
             self.stream.close()
@@ -157,10 +147,9 @@ class Prefetch:
         more = True
         while more:
             permits.acquire()
-            with self._working:
-                if stop.is_set():
-                    return
-                made = self._make(side)
+            if stop.is_set():
+                return
+            made = self._make(side)
             more = made.shard is not None
             out.put(made)
 

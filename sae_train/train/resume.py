@@ -21,6 +21,8 @@ ALLOWED = (
     "checkpoint",
     "eval",
     "source.prefetch",
+    # Processes share members and lanes: no bit depends on how many there are.
+    "mesh",
     # What a run is told to change when its data ends early; rows that it has seen stay the same.
     "corpus.allow_short",
     "corpus.epochs",

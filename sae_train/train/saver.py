@@ -18,6 +18,7 @@ from torch import Tensor
 from sae_train import stop
 from sae_train.checkpoint import Checkpointer
 from sae_train.errors import StoppedEarly
+from sae_train.ranks import Ranks
 
 logger = logging.getLogger("sae_train.train")
 
@@ -51,15 +52,15 @@ class Saver:
         """Whether no save is under way: none was started, or `poll` has seen it end."""
         return self._thread is None
 
-    def poll(self) -> bool:
-        """How the last save in the background ended, as far as it has: False if it failed and is to be tried
-        again.
+    def poll(self, ranks: Ranks) -> bool:
+        """How the last save in the background ended, if it has in all processes: False if it failed and is to
+        be tried again.
 
         Raises:
             StoppedEarly: it was the third in a row to fail.
             NumericsError, InputError: what was to be saved, or where, cannot be.
         """
-        if self._thread is None or self._thread.is_alive():
+        if self._thread is None or ranks.any(self._thread.is_alive()):
             return True
         return self._ended()
 

@@ -15,10 +15,10 @@ from sae_kernels import fallbacks
 
 from sae_train import stop
 from sae_train.batch import RowBatch
-from sae_train.errors import InputError, NumericsError, StoppedEarly
+from sae_train.errors import InputError, LostProcess, NumericsError, StoppedEarly
 from sae_train.log import MetricLog
 from sae_train.losses import fvu
-from sae_train.ranks import any_rank
+from sae_train.ranks import ALONE, Ranks
 from sae_train.train.clock import Clock
 from sae_train.train.members import Member
 from sae_train.train.progress import Progress
@@ -115,16 +115,16 @@ class Trainer:
     Attributes:
         stepper: how one step of one member is done.
         clock: where the time goes.
-        log, progress: what people see.
+        log, progress: what people see; the lead alone has a log.
         saver: commits the state.
         evaluate: judges a member on held-out rows; None leaves evaluation out.
         log_every, eval_every, save_every: steps; 0 is never.
-        agree: whether any of the processes that train together says yes; asked once per step.
+        ranks: the processes of the run, each with some of its members.
     """
 
     stepper: Stepper
     clock: Clock
-    log: MetricLog
+    log: MetricLog | None
     progress: Progress
     saver: Saver
     evaluate: Callable[[Member], dict[str, float]] | None
@@ -132,7 +132,7 @@ class Trainer:
     log_every: int
     eval_every: int
     save_every: int
-    agree: Callable[[bool], bool] = any_rank
+    ranks: Ranks = ALONE
     process: psutil.Process = field(default_factory=psutil.Process)
     fallbacks_seen: dict[str, int] = field(default_factory=fallbacks)
     """Of the kernels, in this process, at the last log line; the next one shows what came since."""
@@ -146,7 +146,8 @@ class Trainer:
 
         Raises:
             Interrupted: a stop was asked for; the state is saved.
-            StoppedEarly: the data, or the device that saves, is out of reach; saved as far as that goes.
+            StoppedEarly: the data, or the device that saves, is out of reach; saved as far as that goes, or
+                another process is (LostProcess).
             InputError: the data ended early or is damaged; the state is saved.
             NumericsError: too many steps in a row without finite gradients; the last good checkpoint is kept.
         """
@@ -157,6 +158,8 @@ class Trainer:
             raise stop.Interrupted(
                 f"{error}: saved at step {state.step}; the same command continues from there"
             ) from None
+        except LostProcess:
+            raise  # a state is saved by all or not at all
         except (StoppedEarly, InputError):
             # Those of the data. Where saving itself is what failed there is nothing left to try.
             if self.saver.failures == 0 and state.step > 0:
@@ -171,7 +174,7 @@ class Trainer:
         if self._is_judged_at(state.step, steps) and state.extra.get("judged") != state.step:
             self.judge(state)  # the earlier leg was stopped before it could
         while state.step < steps:
-            if not self.saver.poll():
+            if not self.saver.poll(self.ranks):
                 self.save(state)
             if due and self.saver.idle:
                 self._start_saving(state)
@@ -195,7 +198,7 @@ class Trainer:
                 self._observe(state, done)
             if self._is_judged_at(state.step, steps):
                 self.judge(state)
-            if self.agree(stop.reason() is not None) and not last:
+            if self.ranks.any(stop.reason() is not None) and not last:
                 raise stop.Interrupted(stop.reason() or "another process was asked to stop")
             due = due or bool(self.save_every and state.step % self.save_every == 0)
         self.save(state)
@@ -227,7 +230,7 @@ class Trainer:
     @torch.no_grad()
     def _observe(self, state: TrainState, done: list[Step]) -> None:
         """Log scalars of the last step. Reading them synchronises with the device: every log_every steps."""
-        shown: dict[str, dict[str, float]] = {}
+        own: dict[str, dict[str, float]] = {}
         for member, step in zip(state.members, done, strict=True):
             losses = step.losses
             scalars = {f"loss/{name}": float(term) for name, term in losses.terms.items()}
@@ -239,34 +242,40 @@ class Trainer:
             scalars["grad_norm"] = float(step.grad_norm)
             scalars["skipped_steps"] = float(member.skipped)
             scalars["loss_spikes"] = float(member.spikes.spikes)
-            shown[member.name] = scalars
+            scalars["skipped_in_a_row"] = float(member.skipped_in_a_row)
+            own[member.name] = scalars
+        shown = {name: scalars for part in self.ranks.gather(own) for name, scalars in part.items()}
+        in_a_row = {name: scalars.pop("skipped_in_a_row") for name, scalars in shown.items()}
         flat = {f"{name}/{key}": value for name, scalars in shown.items() for key, value in scalars.items()}
         flat["seconds"] = self.clock.total()
         flat["tokens_per_s"] = state.tokens / flat["seconds"]
         flat["rss_bytes"] = float(self.process.memory_info().rss)
         before, self.fallbacks_seen = self.fallbacks_seen, fallbacks()
         flat |= {f"kernels/{name}": float(n - before.get(name, 0)) for name, n in self.fallbacks_seen.items()}
-        self.log.write(state.step, state.tokens, flat)
+        if self.log is not None:
+            self.log.write(state.step, state.tokens, flat)
         self.progress.update(state.step, state.tokens, shown)
-        for member in state.members:
-            if (bad := int(member.skipped_in_a_row)) > MAX_SKIPPED_IN_A_ROW:
+        for name, bad in in_a_row.items():
+            if bad > MAX_SKIPPED_IN_A_ROW:
                 raise NumericsError(
-                    f"{member.name}: gradients were not finite for {bad} steps in a row (step {state.step}); "
+                    f"{name}: gradients were not finite for {bad:.0f} steps in a row (step {state.step}); "
                     "the last good checkpoint is kept. Lower optim.lr or look at the rows"
                 )
 
     def judge(self, state: TrainState) -> dict[str, dict[str, float]]:
         """Evaluate every member and log the numbers under `heldout/`."""
         assert self.evaluate is not None
-        out: dict[str, dict[str, float]] = {}
+        own: dict[str, dict[str, float]] = {}
         self.progress.phase("evaluating")
         with self.clock.phase("evaluation"):
             for member in state.members:
-                out[member.name] = self.evaluate(member)
+                own[member.name] = self.evaluate(member)
+        out = {name: numbers for part in self.ranks.gather(own) for name, numbers in part.items()}
         flat = {
             f"{name}/heldout/{key}": value for name, numbers in out.items() for key, value in numbers.items()
         }
-        self.log.write(state.step, state.tokens, flat)
+        if self.log is not None:
+            self.log.write(state.step, state.tokens, flat)
         state.extra["judged"] = state.step
         self.progress.phase("training")
         return out
@@ -283,7 +292,8 @@ class Trainer:
             self.saver.start(state.step, self._gather(state))
 
     def _gather(self, state: TrainState) -> dict[str, Any]:
-        state.extra["log"] = self.log.state_dict()
+        if self.log is not None:
+            state.extra["log"] = self.log.state_dict()
         state.extra["clock"] = self.clock.state_dict()
         state.extra["producer"] = dict(state.source.seconds)
         return state.state_dict()

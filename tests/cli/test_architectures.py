@@ -13,7 +13,7 @@ from faults.tools import TINY, at_step, differences, final_state, resumed_at, se
 from safetensors.torch import load_file
 
 from sae_train import load_sae
-from sae_train.cli import wire
+from sae_train.cli import language_model
 from sae_train.cli.main import main
 from sae_train.places import Widths
 
@@ -122,7 +122,7 @@ def test_what_does_not_fit_together_is_answered_in_one_line_before_weights_load(
         raise AssertionError("weights were loaded")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(wire, "load_model", load)
+    monkeypatch.setattr(language_model, "load_model", load)
     code = main(["train", *tiny, *asked])
     err = capsys.readouterr().err
     lines = [line for line in err.splitlines() if line.startswith("sae-train ")]

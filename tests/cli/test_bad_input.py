@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sae_train.cli import wire
+from sae_train.cli import language_model
 from sae_train.cli.folder import owned
 from sae_train.cli.main import main
 from sae_train.errors import NumericsError, StoppedEarly
@@ -51,7 +51,7 @@ def no_weights(monkeypatch, request):
     def load(*args, **kwargs):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(wire, "load_model", load)
+    monkeypatch.setattr(language_model, "load_model", load)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sae_train import load_sae
-from sae_train.cli import wire
+from sae_train.cli import language_model
 from sae_train.cli.main import main
 from sae_train.metrics.sharing import decoder_shares
 from sae_train.shards.disk import DiskShards
@@ -105,7 +105,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 @pytest.fixture
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(language_model, "load_model", lambda *_: pytest.fail("weights were loaded"))
 
 
 # -- what a run gives -------------------------------------------------------------------------------
@@ -205,9 +205,9 @@ def test_members_of_one_model_each_and_of_both_share_a_harvest_and_can_be_judged
     assert found["base"]["ce_clean"] == pytest.approx(found["both"]["ce_clean"], rel=1e-5)
     assert found["tuned"]["ce_clean"] == pytest.approx(found["both"]["other/ce_clean"], rel=1e-5)
     assert found["across"]["ce_clean"] == found["tuned"]["ce_clean"] != found["base"]["ce_clean"]
-    real, loaded = wire.load_model, []
+    real, loaded = language_model.load_model, []
     monkeypatch.setattr(
-        wire, "load_model", lambda config, *rest: loaded.append(config.name) or real(config, *rest)
+        language_model, "load_model", lambda config, *rest: loaded.append(config.name) or real(config, *rest)
     )
     for name, models in (("base", 1), ("tuned", 2), ("both", 2)):
         loaded.clear()

@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sae_train.cli import wire
+from sae_train.cli import language_model
 from sae_train.cli.main import main
 from sae_train.errors import InputError
 from sae_train.harvest import corpus as corpus_module
@@ -130,7 +130,7 @@ def assert_same_end(one: Path, two: Path) -> None:
 def test_a_corpus_without_enough_text_is_refused_before_weights_load_and_never_a_run_of_no_steps(
     train, tmp_path, monkeypatch, name, content, says
 ):
-    monkeypatch.setattr(wire, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(language_model, "load_model", lambda *_: pytest.fail("weights were loaded"))
     (tmp_path / name).write_bytes(content)
     run = tmp_path / "run"
     train(tmp_path / name, run, "train.tokens=64", code=2, says=(says,))
@@ -336,7 +336,7 @@ def test_every_second_block_of_a_long_file_may_fail_and_only_that_block_is_asked
 
 @pytest.mark.parametrize("code", [400, 401, 403, 404, 410])
 def test_a_url_that_a_server_refuses_is_the_users_error_at_once(train, tmp_path, monkeypatch, code):
-    monkeypatch.setattr(wire, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(language_model, "load_model", lambda *_: pytest.fail("weights were loaded"))
     with FaultServer({"x.jsonl": jsonl(TEXTS)}) as server:
         server.always = str(code)
         train(server.url("x.jsonl"), tmp_path / "run", code=2, says=("corpus.name", f"answers {code}"))
@@ -496,7 +496,7 @@ def test_a_later_row_without_text_ends_the_run_by_name_and_what_was_trained_is_s
 
 
 def test_token_ids_in_place_of_text_are_refused_before_weights_load(train, tmp_path, monkeypatch):
-    monkeypatch.setattr(wire, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(language_model, "load_model", lambda *_: pytest.fail("weights were loaded"))
     (tmp_path / "a.jsonl").write_bytes(jsonl([[1, 2, 900]] * 50, column="input_ids"))
     column = "corpus.text_column=input_ids"
     train(tmp_path / "a.jsonl", tmp_path / "run", column, code=2, says=("input_ids", "a list ([1, 2, 900])"))

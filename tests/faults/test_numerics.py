@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sae_train.activations.base import ACTIVATIONS
 from sae_train.batch import Batch
-from sae_train.cli import wire
+from sae_train.cli import language_model
 from sae_train.cli.main import main
 from sae_train.harvest.corpus import is_held_out
 from sae_train.log import read_metrics
@@ -324,7 +324,7 @@ Harm = Callable[[Tensor, Tensor, int], Tensor]
 @pytest.fixture
 def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Harm | None], None]:
     """Put a hook on a layer of the model that the next runs load."""
-    real, harms = wire.load_model, {}
+    real, harms = language_model.load_model, {}
 
     def load(*args: Any, **kwargs: Any) -> Any:
         model, info = real(*args, **kwargs)
@@ -343,7 +343,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Harm | None], None]
             model.model.layers[layer].register_forward_hook(after)
         return model, info
 
-    monkeypatch.setattr(wire, "load_model", load)
+    monkeypatch.setattr(language_model, "load_model", load)
 
     def set_harm(layer: int, harm: Harm | None) -> None:
         harms.pop(layer, None)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -107,6 +108,21 @@ def test_hooks_are_removed_after_an_exception(tiny_model):
     with pytest.raises(IndexError):
         harvester.rows(windows)
     assert num_hooks(model) == before
+
+
+def test_while_somebody_else_runs_the_model_no_pass_does(tiny_model):
+    model, passed = tiny_model("llama"), threading.Event()
+    harvester = harvester_of(model, ["resid_post.0"])
+
+    def harvest() -> None:
+        harvester.rows(make_windows(4))
+        passed.set()
+
+    with harvester.model_lock:
+        thread = threading.Thread(target=harvest, daemon=True)
+        thread.start()
+        assert not passed.wait(0.2)
+    assert passed.wait(20)
 
 
 def test_padding_is_masked_from_attention(tiny_model):

@@ -364,18 +364,6 @@ def test_making_a_shard_overlaps_with_using_one():
     ahead.close()
 
 
-def test_while_idle_no_shard_is_made_and_then_work_goes_on():
-    inner = stream(shards=50, delay_s=0.01)
-    ahead = Prefetch(inner, depth=5)
-    ahead.next_shard()
-    with ahead.idle():
-        made = len(inner.producer.made)
-        time.sleep(0.1)
-        assert len(inner.producer.made) == made
-    assert len(drain(ahead)) == 49
-    ahead.close()
-
-
 def test_close_ends_the_thread_soon_even_when_a_shard_takes_long():
     before = threading.active_count()
     ahead = Prefetch(stream(shards=50, delay_s=0.02), depth=2)
