@@ -5,7 +5,8 @@
 
 FOLDER gets everything; what is there already is not done again, so an interrupted call goes on. Rows are
 harvested once; ours trains from them with its defaults, each other library with its own trainer in an
-environment of its own, with its defaults and with settings that suit the budget (see peers/). Each SAE is
+environment of its own, with its defaults and with settings that suit the budget (see peers/), in batches of
+2,048 rows of prose or 512 synthetic ones. Each SAE is
 brought to one form, held against what its library itself reconstructs, and judged on held-out documents by
 `sae-train eval`. Every SAE gets the rows in the same order; seeds decide on its first weights.
 """
@@ -46,6 +47,9 @@ PEERS = {
     "batch_topk": ("dictionary_learning",),
     "jumprelu": ("dictionary_learning",),
 }
+VARIANTS = ("default", "tuned", "tuned_small")
+SMALL_BATCH = 512
+"""Of the variant tuned_small: as many rows as ours chooses for this budget."""
 TOLERANCE = 1e-4
 """Largest relative difference between what a library reconstructs and what its weights, as read here, do."""
 PROSE = [
@@ -64,7 +68,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, help="default 803,000 of prose, 1,000,000 synthetic")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--recipes", nargs="+", default=["topk"], choices=tuple(RECIPES))
-    parser.add_argument("--variants", nargs="+", default=["default", "tuned"])
+    parser.add_argument("--variants", nargs="+", default=["default", "tuned"], choices=VARIANTS)
     parser.add_argument("--peers", nargs="*", default=list(PEERS["topk"]))
     parser.add_argument("--peer-python", action="append", default=[], metavar="NAME=PATH")
     parser.add_argument("--json", type=Path, help="write all numbers here too")
@@ -137,7 +141,8 @@ class Bench:
         folder, out = self.judging / "saes" / name, self.folder / f"{name}.safetensors"
         if folder.exists():
             return
-        job = {"rows": str(self.rows), "out": str(out), "d_sae": self.d_sae, "k": self.k, "batch": self.batch}
+        batch = SMALL_BATCH if variant == "tuned_small" else self.batch
+        job = {"rows": str(self.rows), "out": str(out), "d_sae": self.d_sae, "k": self.k, "batch": batch}
         job |= {"activation": activation, "variant": variant, "seed": seed, "lr": self.lr}
         call(python, "-m", f"peers.{peer}", json.dumps(job), cwd=HERE)
         tensors = load_file(out)

@@ -38,13 +38,13 @@ class Job:
     batch: int
     seed: int
     variant: str
-    """default or tuned."""
+    """default, tuned, or tuned_small, which is tuned in small batches."""
     lr: float
     """Learning rate of the tuned variant."""
 
     @property
     def tuned(self) -> bool:
-        return self.variant == "tuned"
+        return self.variant != "default"
 
     def batches(self) -> list[Tensor]:
         """The rows, whole batches of them, in their order."""
