@@ -127,7 +127,7 @@ def _run(
     before = (
         record.chosen if record is not None else loaded[2].get("chosen", {}) if loaded is not None else {}
     )
-    chosen = choose(config, before, device)
+    chosen = ranks.gather(choose(config, before, device))[0]  # by the lead: hosts may differ
     torch.set_num_threads(chosen["threads"])
     clock = Clock()
     with clock.phase("loading"):
