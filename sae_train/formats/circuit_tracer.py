@@ -30,11 +30,12 @@ from sae_train.formats.base import (
 from sae_train.formats.blocks import Stored, TensorFile, write_file
 from sae_train.formats.plain import Plain, Rule, as_thresholds
 from sae_train.places import Widths
-from sae_train.sae.io import MAX_CONFIG_BYTES
 
 CFG = "config.yaml"
 LEVEL = "activation_function.threshold"
 MAX_LAYERS = 1024
+MAX_YAML_BYTES = 1 << 16
+"""Reading a number such as 1:1:1:... takes the square of its length: a MiB of it took three minutes."""
 
 
 @FORMATS.register("circuit_tracer", FormatConfig)
@@ -135,8 +136,8 @@ def in_layers(
 
 
 def _config(path: Path) -> dict[str, object]:
-    if regular_size(path) > MAX_CONFIG_BYTES:
-        raise InputError("path", str(path), f"at most {MAX_CONFIG_BYTES} bytes of YAML")
+    if regular_size(path) > MAX_YAML_BYTES:
+        raise InputError("path", str(path), f"at most {MAX_YAML_BYTES} bytes of YAML")
     try:
         body = path.read_text()
         if "&" in body and "*" in body:  # an alias of an alias of ... takes any amount of memory

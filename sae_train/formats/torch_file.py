@@ -6,6 +6,7 @@ more bytes than the file has.
 """
 
 import math
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,10 @@ MAX_MEMBERS = 1000
 MAX_PICKLE_BYTES = 1 << 20
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 UNPICKLING = torch.serialization.pickle.UnpicklingError  # the module itself is not to be imported here
-STRANGE = (UNPICKLING, OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError)
+STRANGE = (
+    *(UNPICKLING, OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError),
+    *(AssertionError, ArithmeticError, struct.error),
+)
 """What torch raises about files that are not what they seem."""
 
 

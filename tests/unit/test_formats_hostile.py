@@ -244,6 +244,21 @@ def test_a_pickle_that_would_run_something_runs_nothing(old_format, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "code",
+    [b"K\x01Q.", b"0.", b")Q.", b"(X\x07\x00\x00\x00storageK\x01K\x02K\x03K\x04tQ."],
+    ids=["a number as storage", "nothing to drop", "an empty storage", "a storage of strange parts"],
+)
+def test_a_pickle_that_torch_stumbles_over_is_refused(code, tmp_path):
+    make("dictionary_learning", tmp_path)
+    with zipfile.ZipFile(tmp_path / "ae.pt") as old:
+        parts = {member.filename: old.read(member) for member in old.infolist()}
+    with zipfile.ZipFile(tmp_path / "ae.pt", "w") as new:
+        for name, body in parts.items():
+            new.writestr(name, b"\x80\x02" + code if name.endswith("data.pkl") else body)
+    refused(tmp_path)
+
+
+@pytest.mark.parametrize(
     "value",
     [
         [1, 2],
@@ -327,6 +342,7 @@ def test_an_npz_of_objects_or_of_packed_zeros_is_refused(tmp_path):
         "\t: x",
         "x: " + "[" * 5000,
         "x: 1\n" * 300_000,
+        "x: 1" + ":1" * 500_000,
     ],
 )
 def test_yaml_that_is_no_set_of_layers_is_refused(text, tmp_path):
