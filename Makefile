@@ -39,8 +39,18 @@ PEERS := sparsify dictionary_learning saelens
 PEER_sparsify := eai-sparsify==1.3.3
 PEER_dictionary_learning := dictionary-learning==0.1.0
 PEER_saelens := sae-lens==6.54.12
-# Of this one the readers alone, for test-interop: they need nothing that SAELens' environment has not.
-CIRCUIT_TRACER := circuit-tracer==0.5.0
+# For test-interop alone; newer nnsights cannot be imported by it.
+PEER_circuit_tracer := circuit-tracer==0.5.0 nnsight==0.6.3
+# For test-interop: these run in SAELens' environment, which has nearly all that they import; each lies in a folder
+# beside it, with the rest and without what it asks for, as no current torch and transformers satisfy that.
+JOINING := llamascopium sae_bench sae_dashboard
+JOINING_llamascopium := llamascopium==2.0.0b34 attrs==26.1.0 cattrs==26.2.1 json-repair==0.64.5 more-itertools==11.2.1 \
+  pydantic-settings==2.16.3 pymongo==4.20.0
+JOINING_sae_bench := sae-bench==0.6.0 tabulate==0.10.0
+JOINING_sae_dashboard := sae-dashboard==0.8.0 cycler==0.12.1 dataclasses-json==0.6.7 eindex-callum==0.1.2 \
+  kiwisolver==1.5.1 marshmallow==4.4.0 matplotlib==3.11.2 mypy-extensions==1.2.0 pillow==13.0.0 pyparsing==3.3.3 \
+  typing-inspect==0.9.0
+JOINING_KEY := $(shell echo $(foreach p,$(JOINING),$(JOINING_$(p))) | cksum | cut -d ' ' -f 1)
 PEER_TORCH := $(shell grep '^torch==' constraints.txt)
 PEER_KEY := $(shell echo $(PEER_TORCH) $(foreach p,$(PEERS),$(PEER_$(p))) | cksum | cut -d ' ' -f 1)
 # NAME=PATH of those that could be installed; looked up when a recipe runs.
@@ -89,9 +99,8 @@ bench-cpu: $(READY)-gguf $(PEERS:%=$(BENCH)/%/.installed-$(PEER_KEY))
 bench-quality: $(READY)-demo $(PEERS:%=$(BENCH)/%/.installed-$(PEER_KEY))
 	$(BIN)/python tests/quality/compare.py $(addprefix --peer-python ,$(PEER_PYTHONS)) $(ARGS)
 
-test-interop: $(READY)-test $(PEERS:%=$(BENCH)/%/.installed-$(PEER_KEY))
-	@test -e $(BENCH)/circuit_tracer || ! test -e $(BENCH)/saelens || $(BENCH)/saelens/bin/python -m pip \
-	  --disable-pip-version-check install $(QUIET) --no-deps --target $(BENCH)/circuit_tracer $(CIRCUIT_TRACER)
+test-interop: $(READY)-test $(foreach p,$(PEERS) circuit_tracer,$(BENCH)/$(p)/.installed-$(PEER_KEY)) \
+  $(JOINING:%=$(BENCH)/%/.joined-$(JOINING_KEY))
 	$(BIN)/pytest -m interop -rs tests/interop $(ARGS)
 
 venv: $(READY)-gguf
@@ -126,3 +135,10 @@ $(BENCH)/%/.installed-$(PEER_KEY): | $(BIN)/python
 	   $(PEER_PIP) install --progress-bar off $(PIP_ARGS) --constraint $(BENCH)/$*.txt $(PEER_$*) && \
 	   $(PEER_PIP) uninstall --yes torchvision && touch $@; \
 	 } > $(BENCH)/$*.log 2>&1 || echo '== $(PEER_$*) could not be installed: see $(BENCH)/$*.log' >&2
+
+$(BENCH)/%/.joined-$(JOINING_KEY): | $(BENCH)/saelens/.installed-$(PEER_KEY)
+	@echo '== Installing $(firstword $(JOINING_$*)) in $(BENCH)/$*'
+	@rm -rf $(BENCH)/$*; { $(BENCH)/saelens/bin/python -m pip --disable-pip-version-check install --progress-bar off \
+	     --no-deps --target $(BENCH)/$* $(JOINING_$*) && touch $@; \
+	 } > $(BENCH)/$*.log 2>&1 || { rm -rf $(BENCH)/$*; \
+	   echo '== $(firstword $(JOINING_$*)) could not be installed: see $(BENCH)/$*.log' >&2; }

@@ -40,17 +40,21 @@ def is_large(path: str, size_bytes: int) -> bool:
 
 @dataclass
 class Repo:
-    """A repository: its commits by name, the newest last, each a whole tree."""
+    """A repository: its commits by name, the newest last, each a whole tree; and tags, name -> commit."""
 
     private: bool = False
     commits: dict[str, dict[str, bytes]] = field(default_factory=lambda: {FIRST: {".gitattributes": b""}})
     messages: list[str] = field(default_factory=list)
+    tags: dict[str, str] = field(default_factory=dict)
 
     def head(self) -> str:
         return list(self.commits)[-1]
 
+    def commit_of(self, revision: str) -> str:
+        return self.head() if revision == "main" else self.tags.get(revision, revision)
+
     def files(self, revision: str = "main") -> dict[str, bytes] | None:
-        return self.commits.get(self.head() if revision == "main" else revision)
+        return self.commits.get(self.commit_of(revision))
 
     def add(self, files: dict[str, bytes | None], message: str = "by hand") -> str:
         """A commit on top of main; None deletes."""
@@ -69,6 +73,7 @@ class HubServer(Loopback):
     Attributes:
         repos: USER/NAME -> repository.
         large: sha256 -> bytes of every large file that arrived whole.
+        announced: sha256 of every large file that a client said it would send.
         failures: [method, part of the path, status, how often]: answered so, oldest first. With COMMITTED as
             the method and USER/NAME as the path, a commit is made and then answered so.
         served: path -> bytes that are sent instead of the file's, under its name and size.
@@ -81,6 +86,7 @@ class HubServer(Loopback):
         super().__init__(_Handler)
         self.repos: dict[str, Repo] = {}
         self.large: dict[str, bytes] = {}
+        self.announced: set[str] = set()
         self.failures: list[tuple[str, str, int, int]] = []
         self.served: dict[str, bytes] = {}
         self.hold: str | None = None
@@ -251,6 +257,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "verify": {"href": f"{self.owner.url}/_verify/{item['oid']}"},
             }
             there = item["oid"] in self.owner.large
+            self.owner.announced.add(item["oid"])
             objects.append(
                 {"oid": item["oid"], "size": item["size"], **({} if there else {"actions": actions})}
             )
@@ -270,7 +277,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif verb == "tree":
             self.tree(files, rest, query.get("recursive", ["false"])[0].lower() == "true")
         else:
-            commit = repo.head() if revision == "main" else revision
+            commit = repo.commit_of(revision)
             about = {"_id": name, "id": name, "modelId": name, "sha": commit, "private": repo.private}
             about |= {"gated": False, "disabled": False, "tags": [], "downloads": 0, "likes": 0}
             self.answer(200, about | {"siblings": [{"rfilename": path} for path in files]})
@@ -359,7 +366,7 @@ class _Handler(BaseHTTPRequestHandler):
         if found is None:
             return
         repo, files = found
-        commit = repo.head() if revision == "main" else revision
+        commit = repo.commit_of(revision)
         if path not in files:
             told = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}
             self.answer(404, {"error": "Entry not found"}, told)

@@ -8,7 +8,9 @@ than 64 MB or more than 5 s for one input is a finding: it is printed with its b
 """
 
 import argparse
+import importlib
 import importlib.util
+import inspect
 import json
 import os
 import shutil
@@ -19,12 +21,15 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from faults.hostile_files import join, seal, split
+from format_cases import about, built
 
 from sae_train.activations.topk import TopKConfig
 from sae_train.checkpoint import Checkpointer
@@ -40,8 +45,11 @@ from sae_train.files import (
     write_json,
     write_tensors,
 )
+from sae_train.formats.base import FORMATS, FormatConfig
+from sae_train.formats.plain import of_sae
 from sae_train.harvest.texts import clean
 from sae_train.harvest.windows import pieces
+from sae_train.load import load_sae as load_any
 from sae_train.member_set import members
 from sae_train.sae.io import CONFIG, WEIGHTS, load_sae, save_sae
 from sae_train.sae.linear import LinearConfig, LinearSAE
@@ -53,6 +61,16 @@ OURS = (InputError, CorruptFile, FileNotFoundError)
 """What a reader may raise, whatever it is given."""
 MOST_SECONDS, MOST_MIB = 5, 64
 NEW_LINES = "\n"
+FOREIGN: dict[str, tuple[str, str, tuple[str, str, str]]] = {
+    "saelens": ("cfg.json", "sae_weights.safetensors", ("linear", "autoencoder", "jumprelu")),
+    "sparsify": ("cfg.json", "sae.safetensors", ("linear", "autoencoder", "topk")),
+    "dictionary_learning": ("config.json", "ae.pt", ("linear", "autoencoder", "batch_topk")),
+    "openmoss": ("config.json", "sae_weights.safetensors", ("linear", "crosscoder", "relu")),
+    "gemma_scope": ("config.json", "params.safetensors", ("linear", "skip transcoder", "jumprelu")),
+    "gemma_scope npz": ("params.npz", "params.npz", ("linear", "autoencoder", "jumprelu")),
+    "circuit_tracer": ("config.yaml", "layer_0.safetensors", ("linear", "transcoder", "jumprelu")),
+}
+"""What other libraries write: configuration, weights, and the SAE that is in them here."""
 
 
 class Bench:
@@ -99,17 +117,42 @@ class Bench:
             "text": "\ufeffA text,\x00 with \U0001f600 and \r\n ends. ".encode(),
             "override": b"sae.activation.k=3",
         }
-        self.bodies = {
-            path: split(path)[1] for path in (self.sae / WEIGHTS, self.shard / "rows.safetensors", self.rows)
-        }
-        whole = folder / "whole"
-        shutil.copytree(self.shards, whole / "shards")
-        shutil.copytree(self.sae, whole / "sae")
-        self.whole = whole
+        stored = [self.sae / WEIGHTS, self.shard / "rows.safetensors", self.rows]
+        self.foreign = folder / "foreign"
+        for name, (config, weights, _) in FOREIGN.items():
+            place = self._write_foreign(name)
+            self.good[f"{name}: configuration"] = (place / config).read_bytes()
+            self.good[f"{name}: weights"] = (place / weights).read_bytes()
+            if weights.endswith(".safetensors"):
+                stored.append(place / weights)
+                self.good[f"{name}: weights"] = json.dumps(split(place / weights)[0]).encode()
+        self.bodies = {path: split(path)[1] for path in stored}
+        self.whole = folder / "whole"
+        for part in (self.shards, self.sae, self.foreign):
+            shutil.copytree(part, self.whole / part.name)
+
+    def _write_foreign(self, name: str) -> Path:
+        place = self.foreign / name
+        place.mkdir(parents=True)
+        config, weights, case = FOREIGN[name]
+        format_name, _, as_npz = name.partition(" ")
+        kind = case[1]
+        FORMATS.build(FormatConfig(format_name)).write(
+            [(of_sae(built(*case)), about(kind))], place, torch.float32
+        )
+        if as_npz:
+            tensors = load_file(place / "params.safetensors")
+            shutil.rmtree(place)
+            place.mkdir()
+            np.savez(place / weights, **{n.replace("w_", "W_"): t.numpy() for n, t in tensors.items()})
+        elif config == "config.yaml":  # which JSON is, too
+            table = {"model_name": "m/m", "model_kind": "transcoder_set", "scan": "m/m"}
+            write_json(place / config, table | {"feature_input_hook": "a", "feature_output_hook": "b"})
+        return place
 
     def restore(self) -> None:
         """Have the files whole again that more than one reader reads."""
-        for name in ("shards", "sae"):
+        for name in ("shards", "sae", "foreign"):
             shutil.copytree(self.whole / name, self.folder / name, dirs_exist_ok=True)
 
     def read(self, reader: str, data: bytes) -> bool:
@@ -119,7 +162,7 @@ class Bench:
             Anything but `OURS`: a finding.
         """
         try:
-            READERS[reader](self, data)
+            ALL[reader](self, data)
         except OURS as error:
             message = str(error)
             assert len(message) < 4000 + 2 * len(data), f"a message of {len(message)} characters"
@@ -213,7 +256,22 @@ def _override(bench: Bench, data: bytes) -> None:
         members(to_config(composed), composed)
 
 
-READERS: dict[str, Callable[[Bench, bytes], None]] = {
+def _foreign(name: str, file: str) -> Callable[[Bench, bytes], None]:
+    """A reader of one file of another library's folder; of weights in safetensors, of their header."""
+
+    def read(bench: Bench, data: bytes) -> None:
+        path = bench.foreign / name / file
+        if path in bench.bodies:
+            _header(path, data, bench)
+        else:
+            path.write_bytes(data)
+        load_any(path.parent)
+
+    return read
+
+
+Readers = dict[str, Callable[[Bench, bytes], None]]
+READERS: Readers = {
     "json": _json,
     "manifest": _manifest,
     "sealed manifest": _sealed_manifest,
@@ -227,6 +285,28 @@ READERS: dict[str, Callable[[Bench, bytes], None]] = {
     "text": _text,
     "override": _override,
 }
+FOREIGN_READERS: Readers = {
+    f"{name}: {part}": _foreign(name, file)
+    for name, (config, weights, _) in FOREIGN.items()
+    for part, file in (("configuration", config), ("weights", weights))
+    if part == "weights" or config != weights
+}
+"""For this search alone: `unit/test_formats_hostile.py` breaks the same files one by one."""
+ALL = READERS | FOREIGN_READERS
+
+
+def instrument(module: ModuleType) -> None:
+    """Let the search see which lines of a module run."""
+    import atheris
+
+    holders = [module, *(c for _, c in inspect.getmembers(module, inspect.isclass))]
+    for holder in holders:
+        for member in vars(holder).values():
+            function = inspect.unwrap(
+                member.__func__ if isinstance(member, classmethod | staticmethod) else member
+            )
+            if inspect.isfunction(function) and function.__module__ == module.__name__:
+                atheris.instrument_func(function)
 
 
 def search(reader: str, seconds: int) -> None:
@@ -238,9 +318,12 @@ def search(reader: str, seconds: int) -> None:
     seeds = folder / "seeds"
     seeds.mkdir()
     (seeds / "good").write_bytes(bench.good[reader])
-    atheris.instrument_func(READERS[reader])
+    atheris.instrument_func(ALL[reader])
     for function in (read_json, verify, load_sae, clean, pieces, read_tensors):
         atheris.instrument_func(function)
+    if (format_name := reader.partition(":")[0].partition(" ")[0]) in FORMATS:
+        for name in ("base", "blocks", "plain", "torch_file", "numpy_file", format_name):
+            instrument(importlib.import_module(f"sae_train.formats.{name}"))
     options = [f"-max_total_time={seconds}", f"-timeout={MOST_SECONDS}", f"-malloc_limit_mb={MOST_MIB}"]
     options += ["-rss_limit_mb=0", "-max_len=20000", "-print_final_stats=1", f"-artifact_prefix={folder}/"]
     atheris.Setup([sys.argv[0], *options, str(seeds)], lambda data: bench.read(reader, data) and None)
@@ -250,13 +333,13 @@ def search(reader: str, seconds: int) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Search for bytes that a reader does not survive.")
     parser.add_argument("--seconds", type=int, default=600, help="for all readers together")
-    parser.add_argument("--reader", action="append", choices=list(READERS), help="only this one (repeatable)")
+    parser.add_argument("--reader", action="append", choices=list(ALL), help="only this one (repeatable)")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if importlib.util.find_spec("atheris") is None:
         print("fuzz_atheris: atheris is missing: pip install atheris", file=sys.stderr)
         return 2
-    readers = args.reader or list(READERS)
+    readers = args.reader or list(ALL)
     if args.here:
         search(readers[0], args.seconds)
     findings = 0

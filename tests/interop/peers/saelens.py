@@ -48,4 +48,8 @@ def save(name: str, folder: Path) -> Peer:
 
 
 if __name__ == "__main__":
-    work(lambda folder: load_as_dashboards_do(folder) if "dashboard" in folder.parts else load(folder), save)
+    work(
+        lambda folder: load_as_dashboards_do(folder) if "dashboard" in folder.parts else load(folder),
+        save,
+        wrap=both,
+    )

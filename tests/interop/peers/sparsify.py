@@ -43,4 +43,4 @@ def save(name: str, folder: Path) -> Peer:
 
 
 if __name__ == "__main__":
-    work(load, save)
+    work(load, save, wrap=both)

@@ -4,7 +4,10 @@
 
 A job is {"do": "load", "folder", "rows", "out"}: load the folder with the peer's own loader, encode and
 decode the rows [N, d], write `codes` [N, F] and `y`; or {"do": "save", "name", "folder", "rows", "out"}: make
-one of the peer's own SAEs with random weights, save it as the peer does, and write the same.
+one of the peer's own SAEs with random weights, save it as the peer does, and write the same; or {"do": "run",
+"code", "rows", "out"}: run a file of code that makes an `sae`, with the rows as its `x`; or {"do": "ask",
+"address", "rows", "out"}: whatever the peer does with an address on the hub. What a peer measures of a loaded
+SAE is written beside the codes, each number as `measured.NAME`.
 """
 
 import json
@@ -31,17 +34,47 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> None:
                 parameter.copy_(0.2 + 0.2 * torch.rand(parameter.shape, generator=g))
 
 
-def work(load: Callable[[Path], Peer], save: Callable[[str, Path], Peer]) -> None:
+def work(
+    load: Callable[[Path], Peer] | None = None,
+    save: Callable[[str, Path], Peer] | None = None,
+    measure: Callable[[Path, torch.Tensor], dict[str, float]] | None = None,
+    wrap: Callable[[Any], Peer] | None = None,
+    ask: Callable[[str, torch.Tensor], dict[str, torch.Tensor]] | None = None,
+) -> None:
+    """Do the jobs.
+
+    Args:
+        load: folder -> SAE.
+        save: name, empty folder -> SAE, saved there.
+        measure: folder, rows -> numbers.
+        wrap: the peer's own object -> SAE.
+        ask: address, rows -> tensors.
+    """
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     jobs: list[dict[str, Any]] = json.loads(Path(sys.argv[1]).read_text())
     for job in jobs:
         x = load_file(job["rows"])["rows"]
+        if job["do"] == "ask":
+            assert ask is not None
+            save_file(ask(job["address"], x), job["out"])
+            continue
         if job["do"] == "save":
             Path(job["folder"]).mkdir(parents=True)
+            assert save is not None
             encode, decode = save(job["name"], Path(job["folder"]))
+        elif job["do"] == "run":
+            assert wrap is not None
+            known: dict[str, Any] = {"x": x}
+            exec(compile(Path(job["code"]).read_text(), job["code"], "exec"), known)
+            encode, decode = wrap(known["sae"])
         else:
+            assert load is not None
             encode, decode = load(Path(job["folder"]))
         codes = encode(x)
         y = decode(x, codes)
-        save_file({"codes": codes.contiguous(), "y": y.contiguous()}, job["out"])
+        answer = {"codes": codes.contiguous(), "y": y.contiguous()}
+        if measure is not None:
+            found = measure(Path(job["folder"]), x)
+            answer |= {f"measured.{name}": torch.tensor(value) for name, value in found.items()}
+        save_file(answer, job["out"])
