@@ -245,7 +245,8 @@ def draw(
         drawn["fvu"],
         "fraction of variance unexplained",
     )
-    losses = sorted({key for record in records for key in record if key.startswith(f"{name}/loss")})
+    terms = {key for record in records for key in record if key.startswith(f"{name}/loss/")}
+    losses = [f"{name}/loss", *sorted(terms)]
     plots.curves(records, {key.removeprefix(f"{name}/"): key for key in losses}, drawn["loss"], "loss")
     plots.curves(records, {"lr": f"{name}/lr"}, drawn["lr"], "learning rate")
     for metric in metrics:
