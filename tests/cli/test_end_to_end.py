@@ -24,6 +24,7 @@ TINY = [
     "train.tokens=3200",
     "train.batch_tokens=64",
     "optim.lr=3e-3",
+    "optim.decay=0.2",
     "eval.tokens=256",
     "eval.ce_tokens=256",
     "run.threads=1",
