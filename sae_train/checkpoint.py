@@ -143,10 +143,12 @@ class Checkpointer:
             self.ranks.lead_does(commit.close)
         self._current, self._saved = step, True
         self._whole[step] = True
-        if self.ranks.lead:
-            for old in [s for s in self.steps(self.folder) if self._is_whole(s)][: -self.keep]:
-                remove_folder(self.path(old))
+        self.ranks.lead_does(self._retire)
         return target
+
+    def _retire(self) -> None:
+        for old in [s for s in self.steps(self.folder) if self._is_whole(s)][: -self.keep]:
+            remove_folder(self.path(old))
 
     def _begin(self, step: int, meta: Mapping[str, Any]) -> AbstractContextManager[Path]:
         """The folder to write into, which gets its name when it is left."""

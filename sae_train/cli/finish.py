@@ -94,7 +94,7 @@ def finish(
         for name, (description, drawn) in in_order(ranks.gather(told), record).items()
     ]
     several = len({(m["hook"], m["target"]) for m in record.config["members"].values()}) > 1
-    points = in_order(ranks.gather(trade_offs(state.members, several)), record)
+    points = in_order(ranks.gather(legends(state.members, several)), record)
     problems = [line for lines in ranks.gather(skipped_steps(state)) for line in lines]
     if log is None:
         return
@@ -158,14 +158,14 @@ def in_order(parts: list[dict[str, T]], record: RunRecord) -> dict[str, T]:
     return {name: said[name] for name in record.config["members"] if name in said}
 
 
-def trade_offs(members: list[Member], several: bool) -> dict[str, str]:
+def legends(members: list[Member], several: bool) -> dict[str, str]:
     """name -> what it is drawn as: SAEs of one kind at one place are in a line."""
-    legends = {}
+    found = {}
     for member in members:
         config = member.config.sae
         legend = f"{config.name}, {config.activation.name}, {member.sae.d_sae:,} latents"
-        legends[member.name] = legend + (f", {'+'.join(member.places.outputs)}" if several else "")
-    return legends
+        found[member.name] = legend + (f", {'+'.join(member.places.outputs)}" if several else "")
+    return found
 
 
 def timed(splice: Splice | None, clock: Clock) -> Splice | None:

@@ -91,7 +91,7 @@ class StreamRows:
         """
         began = time.perf_counter()
         cursor = {"windows": self.windows.state_dict(), "shard": self.shard}
-        windows = self.windows.take(self.shard_windows)
+        windows = self.ranks.all_do(lambda: self.windows.take(self.shard_windows))
         if windows is None:
             return None
         windows, lane_windows = by_lane(windows, self.lanes)
@@ -134,11 +134,20 @@ class StreamRows:
 
     def _forward(self, windows: Windows, lane_windows: list[int]) -> dict[str, Tensor]:
         """hook -> [B, T, D], lane by lane into tensors made once per shard."""
-        rows: dict[str, Tensor] = {}
         ends = list(accumulate(lane_windows))
         parts = [slice(end - count, end) for end, count in zip(ends, lane_windows, strict=True) if count]
         # A process without a lane in a short last shard makes the first, to have tensors to receive into.
-        for part in self.ranks.mine(parts) or parts[:1]:
+        own = self.ranks.mine(parts) or parts[:1]
+        rows = self.ranks.all_do(lambda: self._lanes(windows, own))
+        for i, part in enumerate(parts):
+            for hook in sorted(rows):
+                self.ranks.spread(rows[hook][part], i % self.ranks.size)
+        return rows
+
+    def _lanes(self, windows: Windows, parts: list[slice]) -> dict[str, Tensor]:
+        """hook -> [B, T, D], of which these parts are filled."""
+        rows: dict[str, Tensor] = {}
+        for part in parts:
             lane = Windows(
                 windows.tokens[part], windows.valid[part], windows.starts[part], windows.index[part]
             )
@@ -146,9 +155,6 @@ class StreamRows:
                 raise Cancelled("the shard under way is no longer wanted")
             self._harvest(lane, part, len(windows.tokens), rows)
         self._wait()
-        for i, part in enumerate(parts):
-            for hook in sorted(rows):
-                self.ranks.spread(rows[hook][part], i % self.ranks.size)
         return rows
 
     def _harvest(self, lane: Windows, part: slice, num_windows: int, rows: dict[str, Tensor]) -> None:

@@ -28,10 +28,10 @@ REFERENCE_WIDTH = 2**14
 """Width at which `lr_base` holds; the 1/sqrt(F) rule is that of Gao et al. 2024 (arXiv:2406.04093)."""
 REFERENCE_STEPS = 2**11
 """Length of a run at which `lr_base` holds. That the best rate falls with the number of steps to the power of
-about a third is a law of Bjorck et al. 2024 (arXiv:2409.19913) for language models. It holds here between 468
-and 1,568 steps (docs/benchmarks.md), and leads to the 2e-4 of published SAEs at their 244,000 steps."""
+about a third is a law of Bjorck et al. 2024 (arXiv:2409.19913) for language models. What was best here at 784
+and 1,568 steps agrees (docs/benchmarks.md), and it leads to the 2e-4 of published SAEs at their 244,000."""
 LEAST_STEPS = 250
-"""No run that was measured was shorter, and what continues a training is."""
+"""About the shortest run that was measured (234); what continues a training may be shorter."""
 
 Build = Callable[[Iterable[nn.Parameter], float, tuple[float, float], float], torch.optim.Optimizer]
 """(parameters, lr, betas, eps) -> optimizer"""

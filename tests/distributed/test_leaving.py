@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -87,6 +88,43 @@ def test_a_disk_that_fails_one_of_them_fails_the_save_of_all_and_it_is_tried_aga
     assert differences(final_state(tmp_path / "whole"), final_state(run)) == []
 
 
+BROKEN = {
+    "its harvest": ("model", "sae_train.harvest.harvester:Harvester.rows", 40),
+    "its text": ("model", "sae_train.harvest.windows:WindowStream.take", 9),
+    "its rows": ("synthetic", "sae_train.shards.synthetic:SyntheticRows.next_rows", 5),
+}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("what", BROKEN)
+def test_what_breaks_the_data_of_one_ends_all_with_its_words_and_what_was_done_saved(
+    what, rank, launch, tiny, tmp_path
+):
+    source, place, nth = BROKEN[what]
+    action = "from sae_train.errors import InputError; raise InputError('cable', 'cut', 'a whole one')"
+    run = tmp_path / "run"
+    args = [
+        *(tiny if source == "model" else LONG),
+        "source.lanes=4",
+        GRID,
+        "train.tokens=6400",
+        "eval.every=0",
+    ]
+    args += ["checkpoint.every=1000", "source.prefetch=1", f"run.dir={run}"]
+    texts = launch(2, "train", *args, before={rank: call(place, action, nth=nth)}).wait(2, timeout_s=60)
+    assert all(text.strip().splitlines()[-1].endswith("cable='cut': expected a whole one") for text in texts)
+    assert steps(run)[-1] > 0, "saved where the data ended"
+
+
+def test_a_lead_that_cannot_remove_an_old_checkpoint_fails_the_save_of_all(launch, zygote, tmp_path):
+    zygote.run("train", *SHORT, f"run.dir={tmp_path / 'whole'}", plots=False)
+    run = tmp_path / "run"
+    stuck = call("sae_train.checkpoint:remove_folder", "raise OSError(5, 'Input/output error')", nth=1)
+    texts = launch(2, "train", *SHORT, "checkpoint.keep=2", f"run.dir={run}", before={0: stuck}).wait(0)
+    assert all("could not be saved" in text and "try 1 of 3" in text for text in texts)
+    assert differences(final_state(tmp_path / "whole"), final_state(run)) == []
+
+
 def test_weights_that_are_not_finite_in_one_process_are_saved_by_none(launch, tmp_path):
     run = tmp_path / "run"
     bad = call(
@@ -139,6 +177,17 @@ def test_an_address_where_nobody_is_met_ends_in_one_line(zygote, tmp_path):
     text = zygote.run(
         "train", *SHORT, "mesh.timeout_s=3", f"run.dir={tmp_path / 'run'}", env=env, code=2, timeout_s=60
     )
+    assert "MASTER_ADDR:MASTER_PORT='127.0.0.1:" in text.strip().splitlines()[-1]
+
+
+def test_an_address_that_somebody_else_has_ends_in_one_line(zygote, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        env["MASTER_PORT"] = str(taken.getsockname()[1])
+        run = f"run.dir={tmp_path / 'run'}"
+        text = zygote.run("train", *SHORT, "mesh.timeout_s=3", run, env=env, code=2, timeout_s=60)
     assert "MASTER_ADDR:MASTER_PORT='127.0.0.1:" in text.strip().splitlines()[-1]
 
 

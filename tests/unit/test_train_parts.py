@@ -79,6 +79,8 @@ def test_batches_grow_with_the_budget_unless_they_are_said(tokens, batch):
     given = [f"train.tokens={tokens}", "model.name=any", "hook=resid_post.0"]
     assert to_config(compose("train", given)).train.batch_tokens == batch
     assert to_config(compose("train", [*given, "train.batch_tokens=96"])).train.steps == tokens // 96
+    with pytest.raises(InputError, match=rf"train\.accumulate=3: expected a divisor of batch_tokens={batch}"):
+        to_config(compose("train", [*given, "train.accumulate=3"]))
 
 
 @pytest.mark.parametrize(
