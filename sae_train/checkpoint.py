@@ -64,6 +64,15 @@ class CheckpointConfig:
             raise InputError("checkpoint.keep", self.keep, "at least 2")
 
 
+@dataclass(frozen=True)
+class Slice:
+    """One process's rows of a tensor of the state; the others' are in their parts of the checkpoint."""
+
+    tensor: Tensor
+    index: int
+    count: int
+
+
 class Checkpointer:
     """Saves and loads the checkpoints of one run.
 
@@ -201,7 +210,8 @@ class Checkpointer:
                 if not (part := folder / f"{_part(rank)}.json").exists():
                     break
                 more = _unflatten(read_json(part), read_tensors(part.with_suffix(".safetensors")))
-                state[PARTED] = {**state[PARTED], **more[PARTED]}
+                state[PARTED] = _merged(state[PARTED], more[PARTED])
+            state = _joined(state)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise CorruptFolder(folder, f"its state cannot be put together ({error})") from error
         if not isinstance(state, dict):
@@ -271,6 +281,9 @@ def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         tensors[path] = value
         return {"$tensor": path}
+    if isinstance(value, Slice):
+        tensors[path] = value.tensor
+        return {"$slice": path, "index": value.index, "count": value.count}
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, int):
@@ -303,8 +316,33 @@ def _unflatten(tree: Any, tensors: dict[str, Tensor]) -> Any:
     match tree:
         case {"$tensor": name}:
             return tensors[name]
+        case {"$slice": name, "index": int(index), "count": int(count)}:
+            return [Slice(tensors[name], index, count)]
         case {"$float": text}:
             return float(text)
         case {"$dict": pairs}:
             return {key: _unflatten(item, tensors) for key, item in pairs}
     return {key: _unflatten(item, tensors) for key, item in tree.items()}
+
+
+def _merged(one: Any, two: Any) -> Any:
+    """Two parts of a state as one: what both have is the same in both, but lists of slices, which add up."""
+    if isinstance(one, dict) and isinstance(two, dict):
+        return one | {key: _merged(one[key], value) if key in one else value for key, value in two.items()}
+    return [*one, *two] if _sliced(one) and _sliced(two) else one
+
+
+def _sliced(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and isinstance(value[0], Slice)
+
+
+def _joined(value: Any) -> Any:
+    """A state in which slices are whole tensors again."""
+    if _sliced(value):
+        by_index = {part.index: part.tensor for part in value}
+        if sorted(by_index) != list(range(value[0].count)):
+            raise ValueError(f"slices {sorted(by_index)} of {value[0].count}")
+        return torch.cat([by_index[index] for index in sorted(by_index)])
+    if isinstance(value, dict):
+        return {key: _joined(item) for key, item in value.items()}
+    return [_joined(item) for item in value] if isinstance(value, list) else value

@@ -32,10 +32,17 @@ T = TypeVar("T")
 class MeshConfig:
     """How the processes of one run (torchrun starts them) share its work."""
 
+    data: int = 1
+    """Parts into which the rows of a step are divided, one for each of so many processes."""
+    feature: int = 1
+    """Slices into which the latents of an SAE are divided; data x feature processes train one SAE."""
     timeout_s: int = 600
     """A process that does not answer for so long is given up, and the run with it."""
 
     def __post_init__(self) -> None:
+        for key in ("data", "feature"):
+            if getattr(self, key) < 1:
+                raise InputError(f"mesh.{key}", getattr(self, key), "a number of processes, at least 1")
         if self.timeout_s < 1:
             raise InputError("mesh.timeout_s", self.timeout_s, "a number of seconds, at least 1")
 
@@ -69,7 +76,7 @@ class Ranks:
         if self.size == 1:
             return flag
         said = torch.tensor(int(flag))  # on the CPU: asking at every step must not wait for a GPU
-        with _answered():
+        with answered():
             dist.all_reduce(said, op=dist.ReduceOp.MAX, group=self.group)
         return bool(said)
 
@@ -79,7 +86,7 @@ class Ranks:
             return [value]
         own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        with _answered():
+        with answered():
             dist.all_gather(sizes, torch.tensor([len(own)]), group=self.group)
             longest = int(max(sizes))
             parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
@@ -92,7 +99,7 @@ class Ranks:
     def spread(self, tensor: Tensor, owner: int) -> None:
         """Overwrite a tensor with that of the rank `owner`; all have the same shape and dtype."""
         if self.size > 1:
-            with _answered():
+            with answered():
                 dist.broadcast(tensor, src=owner, group=self.group)
 
     def lead_does(self, work: Callable[[], T]) -> T:
@@ -184,8 +191,8 @@ def _store(timeout: timedelta) -> dist.Store:
 
 
 @contextmanager
-def _answered() -> Iterator[None]:
-    """Inside, a collective; one that fails has lost a process, or waited for it in vain."""
+def answered() -> Iterator[None]:
+    """Around a collective; one that fails has lost a process, or waited for it in vain."""
     try:
         yield
     except RuntimeError as error:

@@ -10,15 +10,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ReduceOp
 
 from sae_train.codes import Codes
 from sae_train.files import write_tensors
+from sae_train.split import Axis
 
 FIXED_POINT = 2**20
 """Activation sums count in units of 2^-20; int64 then holds 8.8e12 units of activation per latent."""
 
 DENSE = 0.1
 """A latent that fires on more than this share of tokens is listed as dense (the usual convention)."""
+
+
+ALONE = Axis()
 
 
 class FeatureStats:
@@ -40,8 +45,17 @@ class FeatureStats:
         self.last_fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def update(self, codes: Codes) -> None:
-        """Count one batch of codes. Never synchronises with the host."""
+    def update(self, codes: Codes, rows: Axis = ALONE) -> None:
+        """Count one batch of codes, of which these may be a part. Never synchronises with the host."""
+        if rows.size > 1:
+            batch = FeatureStats(codes.d_sae, codes.values.device)
+            batch.update(codes)
+            batch.tokens *= rows.size
+            batch.counts, batch.sums = rows.sum(batch.counts), rows.sum(batch.sums)
+            batch.maxima = rows.sum(batch.maxima, ReduceOp.MAX)
+            self.merge(batch)
+            self.last_fired.masked_fill_(batch.counts > 0, self.tokens)
+            return
         codes = codes.rows()
         values = codes.values.detach()
         # The optimizer skips a batch with non-finite codes; they must not stay here for ever either.

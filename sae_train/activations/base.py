@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from sae_train.codes import Codes
 from sae_train.registry import Registry
+from sae_train.split import WHOLE, Split
 
 
 @dataclass
@@ -29,6 +30,8 @@ class Activation(nn.Module, ABC):
         super().__init__()
         self.config = config
         self.d_sae = d_sae
+        self.split = WHOLE
+        """How the latents are divided; the weights that `encode` gets are those of this process's."""
 
     def encode(self, x: Tensor, w: Tensor, b: Tensor) -> Codes:
         """Codes as a published SAE gives them: each row by itself.
@@ -87,6 +90,11 @@ class Activation(nn.Module, ABC):
 
     def initialise(self, x: Tensor, w: Tensor, b: Tensor) -> None:
         """Called once when the weights are set, with encoder inputs x [R, D] of real rows; may change b."""
+
+    def split_(self, split: Split) -> None:
+        """The weights that are encoded with are one slice of the latents from now on, the rows a part of a
+        batch. Raises InputError where that cannot be."""
+        self.split = split
 
     def fold_(self, scale: Tensor) -> None:
         """Codes and pre-activations are divided by `scale` (a positive scalar) from now on."""

@@ -13,8 +13,9 @@ exponential average, freed of the bias of its start, learned in `encode_training
 from dataclasses import dataclass
 
 import torch
-from sae_kernels import batch_topk_encode, threshold_encode
+from sae_kernels import threshold_encode
 from torch import Tensor
+from torch.distributed import ReduceOp
 
 from sae_train.activations.annealed_k import AnnealedK, AnnealedKConfig
 from sae_train.activations.base import ACTIVATIONS
@@ -59,25 +60,27 @@ class BatchTopK(AnnealedK):
         self.register_buffer("threshold_weight", torch.zeros(()))
 
     def encode(self, x: Tensor, w: Tensor, b: Tensor) -> Codes:
-        return rectangle(*threshold_encode(x, w, b, self.threshold), self.d_sae)
+        return rectangle(*threshold_encode(x, w, b, self.threshold), len(w))
 
     def own_threshold(self, latents: Tensor) -> Tensor:
         return self.threshold.clamp_min(0)
 
     def encode_training(self, x: Tensor, w: Tensor, b: Tensor) -> Codes:
-        values, indices, offsets = batch_topk_encode(x, w, b, self.k)
+        values, indices, offsets = self.split.batch_topk_encode(x, w, b, self.k)
         self._learn(values.detach())
-        return rectangle(values, indices, offsets, self.d_sae)
+        return rectangle(values, indices, offsets, len(w))
 
     def forward(self, pre: Tensor) -> Codes:
-        return Codes(torch.where(pre > self.threshold, torch.relu(pre), 0), None, self.d_sae)
+        return Codes(torch.where(pre > self.threshold, torch.relu(pre), 0), None, pre.shape[-1])
 
     @torch.no_grad()
     def _learn(self, kept: Tensor) -> None:
         """Take the smallest of what a batch kept into the threshold. Zeros are empty slots; a batch of
         nothing else, or with a value that is not finite, teaches nothing."""
-        smallest = torch.where(kept > 0, kept, torch.inf).amin()
-        good = torch.isfinite(smallest) & torch.isfinite(kept.amax())
+        none = kept.new_full((1,), torch.inf)  # a process may have none of the slots
+        smallest = torch.cat([torch.where(kept > 0, kept, torch.inf), none]).amin()
+        smallest = self.split.all.sum(smallest, ReduceOp.MIN)
+        good = torch.isfinite(smallest) & self.split.all.all(torch.isfinite(kept).all())
         share = 1 - self.config.threshold_decay
         weight = self.threshold_weight + share * (1 - self.threshold_weight)
         moved = self.threshold + share / weight * (smallest - self.threshold)

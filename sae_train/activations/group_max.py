@@ -18,6 +18,7 @@ from torch.nn import functional
 from sae_train.activations.base import ACTIVATIONS, Activation, ActivationConfig
 from sae_train.codes import Codes
 from sae_train.errors import InputError
+from sae_train.split import Split
 
 CHUNK_ELEMENTS = 1 << 24
 """Pre-activations at a time: 64 MiB of float32."""
@@ -51,19 +52,26 @@ class GroupMax(Activation):
 
     def encode(self, x: Tensor, w: Tensor, b: Tensor) -> Codes:
         with torch.no_grad():
-            rows = x.split(max(1, CHUNK_ELEMENTS // self.d_sae))
+            rows = x.split(max(1, CHUNK_ELEMENTS // len(w)))
             winners = torch.cat([self._winners(functional.linear(part, w, b))[1] for part in rows])
         # Indexing b would have a backward pass that adds in no fixed order on a GPU.
         values = gather_dot(x, winners, w) + gather_dot(x.new_ones(len(x), 1), winners, b[:, None])
-        return Codes(torch.relu(values), winners, self.d_sae)
+        return Codes(torch.relu(values), winners, len(w))
 
     def forward(self, pre: Tensor) -> Codes:
         largest, winners = self._winners(pre)
-        return Codes(torch.relu(largest), winners, self.d_sae)
+        return Codes(torch.relu(largest), winners, pre.shape[-1])
+
+    def split_(self, split: Split) -> None:
+        if self.config.k % split.latents.size:
+            raise InputError(
+                "mesh.feature", split.latents.size, f"a divisor of the number of groups, k={self.config.k}"
+            )
+        super().split_(split)
 
     def _winners(self, pre: Tensor) -> tuple[Tensor, Tensor]:
         """Largest value of each group, and which latent it is: [N, k], [N, k] int32."""
         size = self.d_sae // self.config.k
-        largest, place = pre.unflatten(-1, (self.config.k, size)).max(dim=-1)
-        first = torch.arange(0, self.d_sae, size, dtype=torch.int32, device=pre.device)
+        largest, place = pre.unflatten(-1, (-1, size)).max(dim=-1)
+        first = torch.arange(0, pre.shape[-1], size, dtype=torch.int32, device=pre.device)
         return largest, place.int() + first

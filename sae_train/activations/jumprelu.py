@@ -100,7 +100,7 @@ class JumpReLU(Activation):
         return self.threshold.clamp_min(0) * self.control.coefficient.sqrt()
 
     def encode(self, x: Tensor, w: Tensor, b: Tensor) -> Codes:
-        return rectangle(*threshold_encode(x, w, b, self.level().detach()), self.d_sae)
+        return rectangle(*threshold_encode(x, w, b, self.level().detach()), len(w))
 
     def own_threshold(self, latents: Tensor) -> Tensor:
         return self.level().detach().index_select(0, latents)
@@ -111,11 +111,12 @@ class JumpReLU(Activation):
         pre = functional.linear(x, w, b).float()
         self.width = x.shape[-1]
         if self.config.penalty != "quadratic" or self.control.late:
-            self.control.observe((pre > self.level()).sum() / max(1, len(x)), x, GAIN)
-        return Codes(_JumpReLU.apply(pre, self.level(), self.config.bandwidth), None, self.d_sae, pre)
+            l0 = (pre > self.level()).sum() / max(1, len(x))
+            self.control.observe(self._over_batch(l0), self.split.finite(x), GAIN)
+        return Codes(_JumpReLU.apply(pre, self.level(), self.config.bandwidth), None, len(w), pre)
 
     def forward(self, pre: Tensor) -> Codes:
-        return Codes(torch.where(pre > self.level(), pre, 0), None, self.d_sae)
+        return Codes(torch.where(pre > self.level(), pre, 0), None, pre.shape[-1])
 
     def penalty(self, codes: Codes, dec_norm: Tensor) -> dict[str, Tensor]:
         assert codes.pre is not None, "codes of encode_training"
@@ -126,12 +127,16 @@ class JumpReLU(Activation):
             height = torch.tanh(TANH_SCALE * level * dec_norm).detach()
             paid = torch.tanh(TANH_SCALE * codes.pre * dec_norm)
             on = paid * on.detach() + height * (on - on.detach())
-        l0 = on.sum() / max(1, len(on))
+        l0 = self._over_batch(on.sum() / max(1, len(on)))
         if self.config.penalty == "quadratic":
+            assert self.config.target_l0 is not None, "the configuration was checked"
             term = self.config.coefficient * (l0 / self.config.target_l0 - 1).square()
         else:
             term = self.control.coefficient.clone() * l0 / self.width
         return {"sparsity": self.control.warm * term}
+
+    def _over_batch(self, own: Tensor) -> Tensor:
+        return self.split.mean(self.split.total(own))
 
     @torch.no_grad()
     def initialise(self, x: Tensor, w: Tensor, b: Tensor) -> None:

@@ -77,7 +77,7 @@ class ReLU(Activation):
         self.p = 1 - (1 - self.config.p_end) * min(1.0, step / (P_FALLS * steps))
 
     def forward(self, pre: Tensor) -> Codes:
-        return Codes(torch.relu(pre), None, self.d_sae)
+        return Codes(torch.relu(pre), None, pre.shape[-1])
 
     def own_threshold(self, latents: Tensor) -> Tensor:
         return torch.zeros((), device=latents.device)
@@ -86,18 +86,21 @@ class ReLU(Activation):
         codes = self(functional.linear(x, w, b).float())
         self.width = x.shape[-1]
         # While the penalty warms up L0 says little about the coefficient.
-        l0 = codes.active().sum() / max(1, len(x))
-        self.control.observe(l0, x, INTEGRAL * self.control.warm)
+        l0 = self.split.mean(self.split.total(codes.active().sum() / max(1, len(x))))
+        self.control.observe(l0, self.split.finite(x), INTEGRAL * self.control.warm)
         return codes
 
     def penalty(self, codes: Codes, dec_norm: Tensor) -> dict[str, Tensor]:
         strength = codes.values * dec_norm
-        total = strength.sum()
+        total = self._over_batch(strength.sum())
         if self.p < 1:
-            powers = ((strength + SMOOTH) ** self.p - SMOOTH**self.p).sum()
+            powers = self._over_batch(((strength + SMOOTH) ** self.p - SMOOTH**self.p).sum())
             total = powers * (total / powers.clamp_min(torch.finfo(torch.float32).tiny)).detach()
         rows = max(1, len(codes.values))
         return {"sparsity": self._weight() * total / (self.width * rows)}
+
+    def _over_batch(self, own: Tensor) -> Tensor:
+        return self.split.mean(self.split.total(own))
 
     def _weight(self) -> Tensor:
         now = torch.as_tensor(PROPORTIONAL * self.control.error).exp()

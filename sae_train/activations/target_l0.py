@@ -94,13 +94,13 @@ class L0Control(nn.Module):
         self._due = True
 
     @torch.no_grad()
-    def observe(self, l0: Tensor, x: Tensor, gain: float) -> None:
-        """Note the mean L0 (scalar) of a batch encoded from x. The first micro-batch of a step moves c, so
-        that a gain is per step however it is cut up. Rows that are not finite move nothing."""
+    def observe(self, l0: Tensor, finite: Tensor, gain: float) -> None:
+        """Note the mean L0 (scalar) of a batch. The first micro-batch of a step moves c, so that a gain is
+        per step however it is cut up. Rows that are not finite (0-dim bool) move nothing."""
         if self.config.target_l0 is None:
             return
         error = (l0 / self.config.target_l0).log().clamp(-LARGEST_ERROR, LARGEST_ERROR)
-        self.error = torch.where(torch.isfinite(x.sum()), error, 0.0)
+        self.error = torch.where(finite, error, 0.0)
         if self._due:
             step = gain * self.calm * self.error * torch.maximum(self.coefficient, self.size / 4)
             self.coefficient.add_(step).clamp_(min=0)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sae_train import ops
 from sae_train.activations.annealed_k import AnnealedK, AnnealedKConfig
 from sae_train.activations.base import ACTIVATIONS
 from sae_train.codes import Codes
@@ -44,18 +43,18 @@ class TopK(AnnealedK):
     config: TopKConfig
 
     def encode(self, x: Tensor, w: Tensor, b: Tensor) -> Codes:
-        values, indices = ops.topk_encode(x, w, b, self.k)
-        return Codes(values, indices, self.d_sae)
+        values, indices = self.split.topk_encode(x, w, b, self.k)
+        return Codes(values, indices, len(w))
 
     def encode_traced(self, x: Tensor, w: Tensor, b: Tensor) -> Codes:
         return self.encode(x, w, b)
 
     def forward(self, pre: Tensor) -> Codes:
         values, indices = torch.relu(pre).topk(self.k, dim=-1, sorted=False)
-        return Codes(values, indices.int(), self.d_sae)
+        return Codes(values, indices.int(), pre.shape[-1])
 
     def also_reconstruct(self, x: Tensor, w: Tensor, b: Tensor) -> dict[str, tuple[float, Codes]]:
         if self.config.multi == 0:
             return {}
-        values, indices = ops.topk_encode(x, w, b, min(MULTI * self.k, self.d_sae))
-        return {"multi_topk": (self.config.multi, Codes(values, indices, self.d_sae))}
+        values, indices = self.split.topk_encode(x, w, b, min(MULTI * self.k, self.d_sae))
+        return {"multi_topk": (self.config.multi, Codes(values, indices, len(w)))}

@@ -31,7 +31,7 @@ from sae_train.report.table import final_table, final_text, time_table
 from sae_train.sae.io import save_sae
 from sae_train.stats import FeatureStats, write_features
 from sae_train.train.clock import Clock, time_shares
-from sae_train.train.members import Member
+from sae_train.train.members import Member, WholeMember
 from sae_train.train.record import RunRecord
 from sae_train.train.state import TrainState
 
@@ -56,16 +56,18 @@ def finish(
     own: dict[str, dict[str, float]] = {}
     found: dict[str, list[Metric]] = {}
     for member in state.members:
+        if (whole := member.whole()) is None:
+            continue
         with clock.phase("evaluation"):
             own[member.name], found[member.name] = evaluate(
-                member.trained(),
-                member.places,
+                whole.sae,
+                whole.places,
                 heldout,
                 config.eval,
                 timed(wired.splice, clock),
                 config.eval.ce_tokens,
             )
-        own[member.name]["dead"] = float(member.stats.dead(member.dead_after_tokens).double().mean())
+        own[member.name]["dead"] = whole.dead()
     results = in_order(ranks.gather(own), record)
     if log is not None:
         for name, numbers in results.items():
@@ -75,10 +77,12 @@ def finish(
     parts: dict[str, MemberReport] = {}
     for member in state.members:
         stop.check()
+        if (whole := member.whole()) is None:
+            continue
         with clock.phase("report"):
             parts[member.name] = publish(
                 folder / "saes" / member.name,
-                member,
+                whole,
                 own[member.name],
                 found[member.name],
                 wired,
@@ -198,7 +202,7 @@ def print_results(results: dict[str, dict[str, float]]) -> None:
 
 def publish(
     folder: Path,
-    member: Member,
+    member: WholeMember,
     numbers: dict[str, float],
     metrics: list[Metric],
     wired: Wired,
@@ -207,7 +211,7 @@ def publish(
 ) -> MemberReport:
     """Write one member's publishable folder and return what the report says about it."""
     (folder / "plots").mkdir(parents=True, exist_ok=True)
-    sae = member.trained()
+    sae = member.sae
     meta = wired.description | {"hook": "+".join(member.places.inputs), "tokens": state.tokens}
     meta["seed"] = member.config.seed
     heldout: FeatureStats | None = next((m.stats for m in metrics if isinstance(m, Density)), None)
@@ -231,7 +235,7 @@ def publish(
 
 
 def draw(
-    folder: Path, member: Member, metrics: list[Metric], records: list[dict[str, Any]]
+    folder: Path, member: WholeMember, metrics: list[Metric], records: list[dict[str, Any]]
 ) -> dict[str, Path]:
     """The member's plots, by title."""
     name = member.name
@@ -261,7 +265,7 @@ def skipped_steps(state: TrainState) -> list[str]:
         f"{member.name}: {skipped} steps were left out, {int(member.spikes.spikes)} of them because "
         "their loss was a spike, the others because gradients were not finite."
         for member in state.members
-        if (skipped := int(member.skipped))
+        if member.split.lead and (skipped := int(member.skipped))
     ]
 
 

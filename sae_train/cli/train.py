@@ -29,9 +29,10 @@ from sae_train.member_set import members
 from sae_train.ranks import Ranks, joined
 from sae_train.sae.base import SAES
 from sae_train.sae.io import load_sae
+from sae_train.split import Split, divided
 from sae_train.train.clock import Clock
 from sae_train.train.kernels import choose_stepper
-from sae_train.train.members import Member, MemberConfig
+from sae_train.train.members import Member, MemberConfig, check_optimizer
 from sae_train.train.progress import Progress
 from sae_train.train.record import RunRecord, versions
 from sae_train.train.resume import check_fingerprint, check_resume, flatten
@@ -58,10 +59,12 @@ def train(composed: DictConfig, args: list[str]) -> int:
     folder = run_folder(config)
     with StopSignals() as signals, joined(config.mesh) as ranks:
         check_alike(ranks, folder, as_tree(config))
+        split = divided(ranks, config.mesh)
         with ExitStack() as held:
             owner = Owner(folder)
             ranks.lead_does(lambda: owner.hold(held))
-            return _run(config, wanted, folder, "sae-train " + shlex.join(args), signals, owner.check, ranks)
+            command = "sae-train " + shlex.join(args)
+            return _run(config, wanted, folder, command, signals, owner.check, ranks, split)
 
 
 class Owner:
@@ -98,6 +101,7 @@ def _run(
     signals: StopSignals,
     check_owner: Callable[[], None],
     ranks: Ranks,
+    split: Split,
 ) -> int:
     record = RunRecord.read(folder)
     tree = as_tree(config) | {"members": {m.name: as_tree(m) for m in wanted}}
@@ -131,7 +135,9 @@ def _run(
     torch.set_num_threads(chosen["threads"])
     clock = Clock()
     with clock.phase("loading"):
-        wired = wire(config, hooks_of(wanted), device, chosen, lambda dims: check_widths(wanted, dims), ranks)
+        wired = wire(
+            config, hooks_of(wanted), device, chosen, lambda dims: check_widths(wanted, dims, split), ranks
+        )
     try:
         for member in wanted:
             member.hook = "+".join(map(wired.key, member.places.inputs))
@@ -164,6 +170,7 @@ def _run(
                 signals,
                 check_owner,
                 ranks,
+                split,
             )
     finally:
         wired.source.close()
@@ -193,6 +200,7 @@ def _train(
     signals: StopSignals,
     check: Callable[[], None],
     ranks: Ranks,
+    split: Split,
 ) -> int:
     steps = record.steps
     seed_rng(config.run.seed)
@@ -206,8 +214,9 @@ def _train(
             device,
             config.train.spike_sds,
             config.train.spike_window,
+            split,
         )
-        for m in ranks.mine(wanted)
+        for m in split.mine(wanted)
     ]
     autocast = torch.bfloat16 if record.chosen["autocast"] == "bfloat16" else None
     if built:
@@ -253,8 +262,8 @@ def _train(
             log=log,
             progress=progress,
             saver=saver,
-            evaluate=lambda member: evaluate(
-                member.trained(), member.places, heldout, config.eval, splice, config.eval.interval_ce_tokens
+            evaluate=lambda whole: evaluate(
+                whole.sae, whole.places, heldout, config.eval, splice, config.eval.interval_ce_tokens
             )[0],
             batch_tokens=config.train.batch_tokens,
             log_every=config.logger.every,
@@ -311,6 +320,16 @@ def check(config: Config) -> None:
             config.train.batch_tokens,
             f"a multiple of source.lanes={config.source.lanes}",
         )
+    parts = config.mesh.data * config.train.accumulate
+    if config.train.batch_tokens % parts:
+        key = "mesh.data x train.accumulate" if config.train.accumulate > 1 else "mesh.data"
+        raise InputError(key, parts, f"a divisor of train.batch_tokens={config.train.batch_tokens}")
+    if config.mesh.data * config.mesh.feature > 1:
+        alone = "with SAEs that are divided among processes (mesh.data, mesh.feature)"
+        if config.train.resample_every:
+            raise InputError("train.resample_every", config.train.resample_every, f"0 {alone}")
+        if config.train.loss != "rows":
+            raise InputError("train.loss", config.train.loss, f"rows {alone}")
     build_metrics(config.eval.metrics, 1, 1)
     if config.train.loss != "rows":
         length, count = (
@@ -324,14 +343,15 @@ def check(config: Config) -> None:
             raise InputError("train.batch_tokens", config.train.batch_tokens, wanted)
 
 
-def check_widths(wanted: list[MemberConfig], dims: Mapping[str, int]) -> None:
+def check_widths(wanted: list[MemberConfig], dims: Mapping[str, int], split: Split) -> None:
     """Build every member without memory: what does not fit its hook's width says so before weights load."""
     for member in wanted:
         member.optim.check_library()
         only = next(iter(dims.values()))  # what `auto` means
         widths = member.places.widths({hook: dims.get(hook, only) for hook in member.places.hooks})
+        check_optimizer(member.optim, split)
         with torch.device("meta"):
-            SAES.build(member.sae, widths)
+            SAES.build(member.sae, widths).split_(split)
 
 
 def hooks_of(wanted: list[MemberConfig]) -> list[str]:

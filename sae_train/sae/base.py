@@ -29,9 +29,14 @@ from sae_train.errors import InputError
 from sae_train.losses import Losses
 from sae_train.places import Widths
 from sae_train.registry import Registry
+from sae_train.split import WHOLE, Split
 
 MAX_LATENTS = 2**24
 """Sixteen times the widest SAE published so far; more is a slip of the keyboard or an attack on memory."""
+
+OF_ROWS = ("b_dec", "w_skip", "centre", "input_scale", "output_scale")
+"""Tensors of an SAE that have a number for each column of rows or targets, or each hook, however many latents
+there are."""
 
 KINDS = {
     "autoencoder": "reconstructs the one hook it reads: hook=NAME",
@@ -149,6 +154,7 @@ class SAE(nn.Module, ABC):
         config: the architecture's configuration, activation included.
         widths: of every hook it reads and reconstructs.
         d_in, d_out, d_sae: widths of a row, of a target, and the number of latents F.
+        split: how it is divided among processes while it trains; `d_sae` counts the latents of all.
         input_scale: buffer, scalar or one number per hook that is read; 1 in a published SAE.
     """
 
@@ -162,6 +168,7 @@ class SAE(nn.Module, ABC):
         self.d_in, self.d_out = sum(self.widths.inputs), sum(self.widths.outputs)
         self.d_sae = config.num_latents(self.widths.inputs[0])
         self.activation = ACTIVATIONS.build(config.activation, self.d_sae)
+        self.split = WHOLE
         self.register_buffer("input_scale", one_per_hook(self.widths.inputs))
 
     @property
@@ -298,6 +305,29 @@ class SAE(nn.Module, ABC):
             rows: [R, d_in]. generator: seeded, on the CPU.
             targets: [R, d_out] of the same tokens; None for what reconstructs its rows.
         """
+
+    def of_latents(self) -> set[str]:
+        """Names of the tensors of its state that have a row for each latent."""
+        state = self.state_dict(keep_vars=True)
+        return {name for name, x in state.items() if x.ndim > 0 and name not in OF_ROWS}
+
+    @torch.no_grad()
+    def split_(self, split: Split) -> None:
+        """Keep this process's latents only. Called once, before anything else works with the weights.
+
+        Raises:
+            InputError: they cannot be divided so.
+        """
+        if self.d_sae % split.latents.size:
+            wanted = f"a divisor of the number of latents, d_sae={self.d_sae}"
+            raise InputError("mesh.feature", split.latents.size, wanted)
+        for name in sorted(self.of_latents()):
+            path, _, last = name.rpartition(".")
+            module = self.get_submodule(path)
+            tensor = split.cut(getattr(module, last).detach())
+            setattr(module, last, nn.Parameter(tensor) if last in module._parameters else tensor)
+        self.split = split
+        self.activation.split_(split)
 
     def begin_step(self, step: int, steps: int) -> None:
         """Called before step `step` of `steps`. What changes over a run is a function of the two alone."""

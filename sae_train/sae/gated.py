@@ -55,7 +55,7 @@ class GatedSAE(LinearSAE):
 
     def _training_codes(self, x: Tensor, target: Tensor) -> tuple[Codes, dict[str, Tensor]]:
         gates, penalty = super()._training_codes(x, target)
-        error = target.detach() - gates.decode(self.w_dec.detach())
+        error = target.detach() - self._decoded(gates, self.w_dec.detach())
         return self.magnitudes(gates), {"gate": self._squared(error), **penalty}
 
     @torch.no_grad()

@@ -116,12 +116,12 @@ class LinearSAE(SAE):
         x, y = self._read(batch.x), batch.y.float() * self.scale_out()
         target = y - self._base(x)
         codes, terms = self._training_codes(x, target)
-        residual = target - codes.decode(self.w_dec)
+        residual = target - self._decoded(codes, self.w_dec)
         terms = {"mse": self._error(codes, residual), **terms}
         for name, (weight, active) in self.activation.also_reconstruct(x, self.w_enc, self.b_enc).items():
             others = self.magnitudes(active)
-            terms[name] = weight * self._squared(target - others.decode(self.w_dec))
-        if self.config.auxk_coefficient > 0 and len(dead) > 0:
+            terms[name] = weight * self._squared(target - self._decoded(others, self.w_dec))
+        if self.config.auxk_coefficient > 0 and max(self.split.counts(len(dead))) > 0:
             rows = (self.w_enc[dead], self.b_enc[dead], self.w_dec[dead])
             terms["auxk"] = self._dead_loss(residual, x, *rows)
         return Losses(terms, codes, (y - residual) / self.scale_out())
@@ -130,6 +130,10 @@ class LinearSAE(SAE):
         """[N, d_in] what the encoder reads; [N, d_out] what the latents shall add up to in training."""
         x = self._read(batch.x)
         return x, batch.y.float() * self.scale_out() - self._base(x)
+
+    def _decoded(self, codes: Codes, w_dec: Tensor) -> Tensor:
+        """[N, d_out]: what all latents add up to, of which this process may have a slice."""
+        return self.split.total(codes.decode(w_dec))
 
     def _base(self, x: Tensor) -> Tensor:
         """Encoder inputs x -> the scaled reconstruction without latents: [d_out]; with a skip [N, d_out]."""
@@ -152,7 +156,7 @@ class LinearSAE(SAE):
 
     def _squared(self, error: Tensor) -> Tensor:
         """Close to the FVU: in scaled units a row's mean squared distance from b_dec is about D."""
-        return error.square().sum(dim=-1).mean() / self.d_out
+        return self.split.mean(error.square().sum(dim=-1).mean() / self.d_out)
 
     def decoder_norms(self) -> Tensor:
         """[F] norms of decoder rows, summed over hooks: what a latent that several hooks share costs."""
@@ -162,8 +166,8 @@ class LinearSAE(SAE):
 
     def _dead_loss(self, residual: Tensor, x: Tensor, w_enc: Tensor, b_enc: Tensor, w_dec: Tensor) -> Tensor:
         k_aux = self.config.k_aux or max(self.d_out // 2, 1)
-        explained = dead_reconstruction(x, w_enc, b_enc, w_dec, k_aux)
-        return self.config.auxk_coefficient * auxk(residual, explained)
+        explained = dead_reconstruction(x, w_enc, b_enc, w_dec, k_aux, self.split)
+        return self.config.auxk_coefficient * auxk(residual, explained, self.split)
 
     def latents(self) -> LinearLatents | None:
         # A subclass of either may compute something else.
@@ -274,7 +278,7 @@ class LinearSAE(SAE):
 
     def _read(self, rows: Tensor) -> Tensor:
         """Raw rows as the encoder takes them: scaled and centred."""
-        return rows.float() * self._scale_in() - self._centre()
+        return rows.float() * self._scale_in() - self.split.enter(self._centre())
 
     def _centre(self) -> Tensor:
         return self.centre if self.transcodes else self.b_dec

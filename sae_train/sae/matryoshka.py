@@ -93,11 +93,13 @@ class MatryoshkaSAE(LinearSAE):
             self.ends = drawn(self.d_sae, self.config.sampled, self.config.prefix_seed, step)
 
     def _error(self, codes: Codes, residual: Tensor) -> Tensor:
-        sizes = [end - first for first, end in pairwise([0, *self.ends])]
-        groups = list(zip(self.w_dec.split(sizes), self.ends, sizes, strict=True))
+        first, own = self.split.first(len(self.w_dec)), len(self.w_dec)
+        ends = [min(max(end - first, 0), own) for end in self.ends]  # where this process's latents stand
+        sizes = [end - start for start, end in pairwise([0, *ends])]
+        groups = list(zip(self.w_dec.split(sizes), ends, sizes, strict=True))
         total = self._squared(residual)
         for w_dec, end, size in reversed(groups[1:]):
-            residual = residual + _part(codes, end - size, end).decode(w_dec)
+            residual = residual + self._decoded(_part(codes, end - size, end), w_dec)
             total = total + self._squared(residual)
         return total / len(groups)
 
@@ -115,6 +117,8 @@ def _part(codes: Codes, first: int, end: int) -> Codes:
     """The codes of latents first to end, as those of a dictionary of their own."""
     if codes.indices is None:
         return Codes(codes.values[:, first:end], None, end - first)
+    if first == end:  # none of this process's latents: nothing to add
+        return Codes(codes.values[:, :0], None, 0)
     inside = (codes.indices >= first) & (codes.indices < end)
     own = (codes.indices - first).clamp(0, end - first - 1)
     return Codes(codes.values.where(inside, 0), own, end - first)

@@ -41,6 +41,8 @@ from sae_train.train.stepper import Step, count_skipped
 def cannot_fuse(member: Member, accumulate: int, autocast: torch.dtype | None = None) -> str | None:
     """None, or the reason why steps of this member cannot be fused."""
     form, optimizer = member.sae.latents(), member.optimizer
+    if not member.split.whole:
+        return f"{member.name} is divided among processes"
     if accumulate != 1:
         return f"train.accumulate is {accumulate}, and one batch is one step"
     if autocast not in (None, torch.bfloat16):

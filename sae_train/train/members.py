@@ -1,7 +1,7 @@
 """Members: the SAEs that one run trains side by side on the same rows, each with its own recipe."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sae_train.batch import Batch, RowBatch
+from sae_train.checkpoint import Slice
+from sae_train.errors import InputError
 from sae_train.places import Places, Widths
 from sae_train.sae.base import SAE, SAES, SAEConfig
 from sae_train.sae.io import load_sae
 from sae_train.sae.start import take_over
+from sae_train.split import WHOLE, Split
 from sae_train.stats import FeatureStats
 from sae_train.train.optim import (
+    LIKE_PARAMETER,
     OptimConfig,
     averages_weights,
     build_optimizer,
@@ -29,6 +33,10 @@ from sae_train.train.spikes import SpikeGuard
 DEAD_REFRESH_STEPS = 16
 """Steps between looks at which latents are dead. Listing them needs one host synchronisation; a latent
 that wakes up in between gets a few more steps of the auxiliary loss, which does no harm."""
+
+
+BY_ROWS = ("adam", "schedule_free")
+"""Optimizers that treat every latent by itself, so that it does not matter which process has it."""
 
 
 @dataclass
@@ -48,6 +56,26 @@ class MemberConfig:
         return Places.parse(self.hook, self.target)
 
 
+@dataclass(frozen=True)
+class WholeMember:
+    """What there is to judge and to publish of a member, in one process.
+
+    Attributes:
+        sae: with all its latents. stats: of all, in training.
+    """
+
+    name: str
+    places: Places
+    config: MemberConfig
+    sae: SAE
+    stats: FeatureStats
+    dead_after_tokens: int
+
+    def dead(self) -> float:
+        """Share of the latents that are dead."""
+        return float(self.stats.dead(self.dead_after_tokens).double().mean())
+
+
 class Member:
     """One SAE of the run with its optimizer, schedule, statistics and average of weights."""
 
@@ -61,14 +89,22 @@ class Member:
         device: torch.device,
         spike_sds: float = 0.0,
         spike_window: int = 128,
+        split: Split = WHOLE,
     ) -> None:
-        self.config = config
+        self.config, self.widths = config, widths
         self.name, self.places = config.name, config.places
         self.steps = steps
-        self.sae: SAE = SAES.build(config.sae, widths).to(device)
+        self.split = split
+        self.sae: SAE = SAES.build(config.sae, widths)
+        self.cut = self.sae.of_latents()
+        """Names of those of its tensors that may be divided among processes."""
+        if not split.whole:
+            check_optimizer(config.optim, split)
+            self.sae.split_(split)
+        self.sae.to(device)
         self.optimizer = build_optimizer(config.optim, self.sae.parameters(), self.sae.d_sae, steps)
         self.schedule: LambdaLR = build_schedule(config.optim, self.optimizer, steps)
-        self.stats = FeatureStats(self.sae.d_sae, device)
+        self.stats = FeatureStats(self.sae.d_sae // split.latents.size, device)
         self.dead_after_tokens = max(1, min(config.sae.dead_after_tokens, tokens // 10))
         self.dead = torch.zeros(0, dtype=torch.int64, device=device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
@@ -79,19 +115,32 @@ class Member:
 
     def initialise(self, rows: Mapping[str, Tensor]) -> None:
         """Set the weights from real rows; called once, in a fresh run."""
+        own = self.sae.state_dict()
+        whole = self._initialised(rows) if self.split.lead else None
+        if not self.split.whole:
+            self.split.deal(whole.state_dict() if whole is not None else None, own, self.cut)
+        self.start_average()
+
+    def _initialised(self, rows: Mapping[str, Tensor]) -> SAE:
+        """An SAE with all its latents, ready to train: this member's own, or one of which it gets a slice."""
+        sae, device = self.sae, self.sae.input_scale.device
+        if not self.split.whole:
+            sae = SAES.build(self.config.sae, self.widths).to(device)
         generator = torch.Generator().manual_seed(self.config.seed)
         x, y = self.places.batch(rows)
-        self.sae.initialise(x, generator, y if self.places.targets else None)
+        sae.initialise(x, generator, y if self.places.targets else None)
         if self.config.start is not None:
-            take_over(self.sae, load_sae(self.config.start, x.device), self.config.start)
-        self.start_average()
+            take_over(sae, load_sae(self.config.start, x.device), self.config.start)
+        return sae
 
     def start_average(self) -> None:
         if self.ema_decay > 0:
             self.average = AveragedModel(self.sae, multi_avg_fn=get_ema_multi_avg_fn(self.ema_decay))
 
     def batch(self, rows: RowBatch) -> Batch:
-        return self.places.batch(rows.rows)
+        """This process's part of the rows of a step."""
+        whole = self.places.batch(rows.rows)
+        return Batch(*(self.split.rows.part(x) for x in whole)) if self.split.rows.size > 1 else whole
 
     def begin_step(self, step: int) -> None:
         """What has to be known before step `step`: what follows a schedule, and which latents are dead."""
@@ -100,7 +149,8 @@ class Member:
             self.dead = self.stats.dead(self.dead_after_tokens).nonzero().flatten()  # host synchronisation
 
     def trained(self) -> SAE:
-        """The SAE to judge and to publish: the average of weights where one is kept."""
+        """The SAE to judge and to publish: the average of weights where one is kept. Of a divided SAE, what
+        this process has of it."""
         if self.average is None and not averages_weights(self.optimizer):
             return self.sae
         with published_weights(self.optimizer):
@@ -111,8 +161,25 @@ class Member:
         sae.after_step()
         return sae
 
+    def whole(self) -> "WholeMember | None":
+        """What is judged and published. Where it is divided all its processes have to call this, and only the
+        first of them, which needs the memory, gets it."""
+        trained, stats = self.trained(), self.stats
+        if not self.split.whole:
+            state = self.split.collect(trained.state_dict(), self.cut)
+            numbers = {k: v for k, v in stats.state_dict().items() if isinstance(v, Tensor)}
+            counted = self.split.collect(numbers, set(numbers))
+            if state is None or counted is None:
+                return None
+            device = self.sae.input_scale.device
+            stats = FeatureStats(self.sae.d_sae, device)
+            trained = SAES.build(self.config.sae, self.widths).to(device)
+            trained.load_state_dict(state)
+            stats.load_state_dict({"tokens": self.stats.tokens, **counted})
+        return WholeMember(self.name, self.places, self.config, trained, stats, self.dead_after_tokens)
+
     def state_dict(self) -> dict[str, Any]:
-        state = {
+        state: dict[str, Any] = {
             "sae": self.sae.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -124,9 +191,40 @@ class Member:
         }
         if self.average is not None:
             state["average"] = self.average.state_dict()
+        if self.split.latents.size > 1:
+            axis = self.split.latents
+            state["dead"] = self.dead + self.split.first(len(self.stats.counts))
+            state = self._of_latents(state, lambda x: Slice(x, axis.index, axis.size))
+            state["dead"] = Slice(state["dead"], axis.index, axis.size)
         return state
 
+    def _of_latents(self, state: dict[str, Any], change: Callable[[Tensor], Any]) -> dict[str, Any]:
+        """A state in which what has a row for each latent is changed; but `dead`, which lists some."""
+
+        def some(named: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+            return {name: change(x) if name in names else x for name, x in named.items()}
+
+        optimizer = state["optimizer"]
+        names = [name for name, _ in self.sae.named_parameters()]
+        of_parameters = {
+            number: some(kept, LIKE_PARAMETER if names[number] in self.cut else ())
+            for number, kept in optimizer["state"].items()
+        }
+        out = state | {
+            "sae": some(state["sae"], self.cut),
+            "optimizer": optimizer | {"state": of_parameters},
+            "stats": some(state["stats"], [k for k, x in state["stats"].items() if isinstance(x, Tensor)]),
+        }
+        if "average" in state:
+            out["average"] = some(state["average"], {f"module.{name}" for name in self.cut})
+        return out
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.split.latents.size > 1:
+            own = len(self.stats.counts)
+            state = self._of_latents(state, self.split.cut)
+            state["dead"] = state["dead"] - self.split.first(own)
+            state["dead"] = state["dead"][(state["dead"] >= 0) & (state["dead"] < own)]
         self.sae.load_state_dict(state["sae"])
         load_optimizer(self.optimizer, state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
@@ -140,3 +238,10 @@ class Member:
         self.start_average()
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+
+
+def check_optimizer(config: OptimConfig, split: Split) -> None:
+    """Raises InputError if an optimizer looks at all latents together and they are divided."""
+    if split.latents.size > 1 and config.name not in BY_ROWS:
+        wanted = f"{' or '.join(BY_ROWS)} with mesh.feature={split.latents.size}: it looks at all latents"
+        raise InputError("optim.name", config.name, wanted)

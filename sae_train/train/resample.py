@@ -28,8 +28,6 @@ from sae_train.train.stepper import Step
 
 ENCODER_SHARE = 0.2
 """Length of a new encoder row as a share of that of live ones, as in Bricken et al."""
-OF_OUTPUTS = ("b_dec", "w_skip")
-"""Parameters of a linear SAE that are not per latent, however many rows they have."""
 
 
 @torch.no_grad()
@@ -126,8 +124,5 @@ def _fire(codes: Codes, latents: Tensor) -> Tensor:
 
 def per_latent(sae: LinearSAE) -> dict[str, nn.Parameter]:
     """The parameters that have a row for each latent, those of the activation too."""
-    return {
-        name: parameter
-        for name, parameter in sae.named_parameters()
-        if name not in OF_OUTPUTS and parameter.ndim > 0 and len(parameter) == sae.d_sae
-    }
+    names = sae.of_latents()
+    return {name: parameter for name, parameter in sae.named_parameters() if name in names}

@@ -10,13 +10,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sae_train import stop
-from sae_train.checkpoint import Checkpointer
+from sae_train.checkpoint import Checkpointer, Slice
 from sae_train.errors import StoppedEarly
 from sae_train.ranks import Ranks
 
@@ -132,6 +133,8 @@ def snapshot(value: Any) -> Any:
     """A state that shares nothing with the original; tensors are on the CPU."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    if isinstance(value, Slice):
+        return replace(value, tensor=snapshot(value.tensor))
     if isinstance(value, Mapping):
         return {key: snapshot(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -30,7 +30,8 @@ class TrainState:
             "step": self.step,
             "tokens": self.tokens,
             "ledger": self.ledger.value,
-            "members": {member.name: member.state_dict() for member in self.members},
+            # Processes that differ in rows only have the same state of an SAE: one of them says it.
+            "members": {m.name: m.state_dict() for m in self.members if m.split.rows.index == 0},
             "source": self.source.state_dict(),
             "rng": rng_state(),
             "extra": self.extra,

@@ -61,11 +61,13 @@ class AutogradStepper:
             share = losses.total * weight
             share.backward()
             total += share.detach()
-            member.stats.update(losses.codes)
+            member.stats.update(losses.codes, member.split.rows)
+        self._share_gradients(member)
         sae.before_step()
         clip = member.config.optim.clip
         parameters = [p for p in sae.parameters() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip is not None else torch.inf)
+        norm = self._grad_norm(member)
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip if clip is not None else torch.inf, norm)
         norm = torch.where(member.spikes.judge(total), torch.nan, norm)
         self._skip_when_not_finite(member, norm)
         count_skipped(member, norm)
@@ -84,6 +86,26 @@ class AutogradStepper:
 
     def _losses(self, member: Member, batch: Batch, context: Any) -> Losses:
         return member.sae.losses(batch, member.dead)
+
+    @staticmethod
+    def _share_gradients(member: Member) -> None:
+        """Those of the whole batch, and where processes have the same weights the same bits."""
+        split, cut = member.split, member.cut
+        for name, parameter in member.sae.named_parameters() if not split.whole else ():
+            if parameter.grad is not None:
+                parameter.grad = split.rows.sum(parameter.grad).div_(split.rows.size)
+                if name not in cut:
+                    split.latents.spread_(parameter.grad)
+
+    @staticmethod
+    def _grad_norm(member: Member) -> Tensor:
+        """Of the gradients of all parameters, wherever they are."""
+        named = {name: p.grad for name, p in member.sae.named_parameters() if p.grad is not None}
+        if member.split.latents.size == 1:
+            return torch.nn.utils.get_total_norm(list(named.values()))
+        own = torch.nn.utils.get_total_norm([grad for name, grad in named.items() if name in member.cut])
+        shared = torch.nn.utils.get_total_norm([g for name, g in named.items() if name not in member.cut])
+        return (member.split.latents.sum(own.square()) + shared.square()).sqrt()
 
     @staticmethod
     def _skip_when_not_finite(member: Member, norm: Tensor) -> None:

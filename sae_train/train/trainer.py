@@ -20,7 +20,7 @@ from sae_train.log import MetricLog
 from sae_train.losses import fvu
 from sae_train.ranks import ALONE, Ranks
 from sae_train.train.clock import Clock
-from sae_train.train.members import Member
+from sae_train.train.members import Member, WholeMember
 from sae_train.train.progress import Progress
 from sae_train.train.resample import resample_member
 from sae_train.train.saver import Saver
@@ -125,7 +125,7 @@ class Trainer:
     log: MetricLog | None
     progress: Progress
     saver: Saver
-    evaluate: Callable[[Member], dict[str, float]] | None
+    evaluate: Callable[[WholeMember], dict[str, float]] | None
     batch_tokens: int
     log_every: int
     eval_every: int
@@ -231,12 +231,14 @@ class Trainer:
         """Log scalars of the last step. Reading them synchronises with the device: every log_every steps."""
         own: dict[str, dict[str, float]] = {}
         for member, step in zip(state.members, done, strict=True):
-            losses = step.losses
+            losses, split = step.losses, member.split
             scalars = {f"loss/{name}": float(term) for name, term in losses.terms.items()}
             scalars["loss"] = float(losses.total)
-            scalars["fvu"] = float(fvu(step.batch.y, losses.y_hat))
-            scalars["l0"] = float(losses.codes.l0().double().mean())
-            scalars["dead"] = float(member.stats.dead(member.dead_after_tokens).double().mean())
+            y, y_hat = (torch.cat(split.rows.gather(rows)) for rows in (step.batch.y, losses.y_hat))
+            scalars["fvu"] = float(fvu(y, y_hat))
+            scalars["l0"] = float(split.mean(split.total(losses.codes.l0().double().mean())))
+            dead = member.stats.dead(member.dead_after_tokens).double().mean()
+            scalars["dead"] = float(split.total(dead) / split.latents.size)
             scalars["lr"] = float(member.schedule.get_last_lr()[0])
             scalars["grad_norm"] = float(step.grad_norm)
             scalars["skipped_steps"] = float(member.skipped)
@@ -268,7 +270,8 @@ class Trainer:
         self.progress.phase("evaluating")
         with self.clock.phase("evaluation"):
             for member in state.members:
-                own[member.name] = self.evaluate(member)
+                if (whole := member.whole()) is not None:
+                    own[member.name] = self.evaluate(whole)
         out = {name: numbers for part in self.ranks.gather(own) for name, numbers in part.items()}
         flat = {
             f"{name}/heldout/{key}": value for name, numbers in out.items() for key, value in numbers.items()
