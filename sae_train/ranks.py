@@ -36,6 +36,8 @@ class MeshConfig:
     """Parts into which the rows of a step are divided, one for each of so many processes."""
     feature: int = 1
     """Slices into which the latents of an SAE are divided; data x feature processes train one SAE."""
+    harvest: int = 0
+    """Processes, the last ones, that harvest for the others and train nothing; 0 has all of them do both."""
     timeout_s: int = 600
     """A process that does not answer for so long is given up, and the run with it."""
 
@@ -43,8 +45,14 @@ class MeshConfig:
         for key in ("data", "feature"):
             if getattr(self, key) < 1:
                 raise InputError(f"mesh.{key}", getattr(self, key), "a number of processes, at least 1")
+        if self.harvest < 0:
+            raise InputError("mesh.harvest", self.harvest, "a number of processes, or 0")
         if self.timeout_s < 1:
             raise InputError("mesh.timeout_s", self.timeout_s, "a number of seconds, at least 1")
+
+    def harvesters(self, size: int) -> range:
+        """Those of `size` processes that harvest."""
+        return range(size - (self.harvest or size), size)
 
 
 @dataclass(frozen=True)

@@ -89,13 +89,14 @@ class Split:
         rows: processes with the same latents and other rows of a step.
         latents: processes with the same rows and other latents.
         all: both, by (rows, latents).
-        group, groups: which group of processes this one is in, of how many with SAEs of their own.
+        group, groups: which group of processes this one is in, of how many with SAEs of their own; None for
+            one that only harvests.
     """
 
     rows: Axis = field(default_factory=Axis)
     latents: Axis = field(default_factory=Axis)
     all: Axis = field(default_factory=Axis)
-    group: int = 0
+    group: int | None = 0
     groups: int = 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Split":
@@ -112,7 +113,7 @@ class Split:
 
     def mine(self, things: Sequence[T]) -> list[T]:
         """What this process's group trains; every thing is one group's."""
-        return list(things[self.group :: self.groups])
+        return [] if self.group is None else list(things[self.group :: self.groups])
 
     def enter(self, shared: Tensor) -> Tensor:
         """What all slices read, once, where it gets a gradient from each of them."""
@@ -239,36 +240,37 @@ def divided(ranks: Ranks, config: MeshConfig) -> Split:
     Raises:
         InputError: the processes cannot be divided so.
     """
-    size = config.data * config.feature
-    if ranks.size % size:
-        wanted = f"numbers whose product divides the number of processes, {ranks.size} (torchrun starts them)"
+    size, training = config.data * config.feature, ranks.size - config.harvest
+    if training < 1:
+        wanted = f"fewer than all processes, {ranks.size} (torchrun starts them)"
+        raise InputError("mesh.harvest", config.harvest, wanted)
+    if training % size:
+        wanted = f"numbers whose product divides {training}, the number of processes that train"
         raise InputError("mesh.data x mesh.feature", f"{config.data} x {config.feature}", wanted)
-    group, inside = divmod(ranks.rank, size)
-    row, slice_ = divmod(inside, config.feature)
+    groups = training // size
+    group = ranks.rank // size if ranks.rank < training else None
     if size == 1:
-        return Split(group=group, groups=ranks.size)
+        return Split(group=group, groups=groups)
     timeout = timedelta(seconds=config.timeout_s)
 
     def axis(members: list[list[int]]) -> Axis:
         """The one of these lists that has this process, as a group; all processes make all groups."""
         own, _ = dist.new_subgroups_by_enumeration(members, timeout=timeout)
-        ours = next(tuple(ones) for ones in members if ranks.rank in ones)
-        return Axis(ours.index(ranks.rank), len(ours), own, ours)
+        ours = next((tuple(ones) for ones in members if ranks.rank in ones), None)
+        return Axis() if ours is None else Axis(ours.index(ranks.rank), len(ours), own, ours)
 
-    firsts = range(0, ranks.size, size)
+    firsts = range(0, training, size)
     places = [
         [[first + r * config.feature + s for s in range(config.feature)] for r in range(config.data)]
         for first in firsts
     ]
-    split = Split(
+    return Split(
         rows=axis([list(column) for table in places for column in zip(*table, strict=True)]),
         latents=axis([line for table in places for line in table]),
         all=axis([[rank for line in table for rank in line] for table in places]),
         group=group,
-        groups=ranks.size // size,
+        groups=groups,
     )
-    assert (split.rows.index, split.latents.index) == (row, slice_)
-    return split
 
 
 def _keys(values: Tensor, latents: Tensor) -> Tensor:

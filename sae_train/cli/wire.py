@@ -169,6 +169,7 @@ def _stream(
         source.lanes,
         identity,
         ranks.apart(),
+        config.mesh.harvesters(ranks.size),
     )
     shards = PermutedShards(producer, source.seed, source.lanes)
     ahead = Prefetch(shards, source.prefetch, device, producer.cancel)

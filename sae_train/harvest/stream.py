@@ -10,7 +10,7 @@ Memory is one shard (the rows are filtered in place) and one micro-batch.
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import accumulate
 from typing import Any, Protocol
@@ -46,8 +46,8 @@ class StreamRows:
         special_ids: [S] int64 token ids that the special-token rule drops.
         shard_windows: a multiple of `lanes`.
         fingerprint: of model, tokenizer and corpus; what is decided here is added to it.
-        ranks: the processes that share the lanes, with messages of their own; of s, rank r harvests lanes r,
-            r + s and so on.
+        ranks: the processes that get the rows, with messages of their own.
+        harvesters: those of them that share the lanes, in turn; unset, all.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class StreamRows:
         lanes: int,
         fingerprint: Mapping[str, str],
         ranks: Ranks = ALONE,
+        harvesters: Sequence[int] | None = None,
     ) -> None:
         if lanes < 1 or shard_windows < lanes or shard_windows % lanes:
             raise InputError(
@@ -77,6 +78,7 @@ class StreamRows:
         }
         self.shard = 0
         self.ranks = ranks
+        self.harvesters = list(range(ranks.size) if harvesters is None else harvesters)
         self._cancelled = threading.Event()
 
     def next_rows(self) -> RawRows | None:
@@ -136,12 +138,18 @@ class StreamRows:
         """hook -> [B, T, D], lane by lane into tensors made once per shard."""
         ends = list(accumulate(lane_windows))
         parts = [slice(end - count, end) for end, count in zip(ends, lane_windows, strict=True) if count]
-        # A process without a lane in a short last shard makes the first, to have tensors to receive into.
-        own = self.ranks.mine(parts) or parts[:1]
+        owners = [self.harvesters[i % len(self.harvesters)] for i in range(len(parts))]
+        own = [part for part, owner in zip(parts, owners, strict=True) if owner == self.ranks.rank]
         rows = self.ranks.all_do(lambda: self._lanes(windows, own))
-        for i, part in enumerate(parts):
+        if self.ranks.size == 1:
+            return rows
+        like = {hook: [*x.shape, str(x.dtype).removeprefix("torch.")] for hook, x in rows.items()}
+        for hook, (*shape, dtype) in self.ranks.gather(like)[owners[0]].items():
+            if hook not in rows:  # nothing of this shard was harvested here
+                rows[hook] = torch.empty(shape, dtype=getattr(torch, dtype), device=self.harvester.device)
+        for part, owner in zip(parts, owners, strict=True):
             for hook in sorted(rows):
-                self.ranks.spread(rows[hook][part], i % self.ranks.size)
+                self.ranks.spread(rows[hook][part], owner)
         return rows
 
     def _lanes(self, windows: Windows, parts: list[slice]) -> dict[str, Tensor]:

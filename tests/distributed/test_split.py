@@ -139,6 +139,21 @@ def test_a_checkpoint_of_one_mesh_goes_on_on_any_other(launch, zygote, tiny, tmp
     assert told[0] == told[1]
 
 
+NEVER = call("sae_train.harvest.stream:StreamRows._harvest", "if args[0].ranks.size > 1:\n    os._exit(9)")
+
+
+@pytest.mark.parametrize("mesh", [[], ["mesh.feature=2"]], ids=["members", "latents"])
+def test_processes_that_only_harvest_leave_the_rest_to_those_that_only_train(
+    mesh, launch, zygote, tiny, tmp_path
+):
+    args = [*tiny, *SHORT, *DYING, "source.lanes=4", "grid={k: [2, 4]}"]
+    alone = 2 if mesh else 1  # the same mesh without a harvester
+    launch(alone, "train", *args, *mesh, f"run.dir={tmp_path / 'one'}").wait(0)
+    run = f"run.dir={tmp_path / 'two'}"
+    launch(4, "train", *args, *mesh, "mesh.harvest=2", run, before={0: NEVER, 1: NEVER}).wait(0)
+    assert differences(final_state(tmp_path / "one"), final_state(tmp_path / "two")) == []
+
+
 def test_a_checkpoint_that_lacks_a_slice_is_damaged(tmp_path):
     part = Slice(torch.arange(6.0).reshape(2, 3), 1, 2)
     Checkpointer(tmp_path / "checkpoints").save(1, {"members": {"main": {"w_enc": part}}}, {})
@@ -176,6 +191,7 @@ def test_rows_that_are_not_finite_in_one_process_leave_the_step_out_in_all(mesh,
         (4, ["mesh.data=4", "train.batch_tokens=30", "train.tokens=300"], "mesh.data"),
         (2, ["mesh.feature=2", "kernels.stepper=fused"], "kernels.stepper"),
         (2, ["mesh.feature=0"], "mesh.feature"),
+        (2, ["mesh.harvest=2"], "mesh.harvest"),
     ],
 )
 def test_what_cannot_be_divided_is_refused_in_one_line(size, args, field, launch, tiny, tmp_path):
