@@ -20,7 +20,7 @@ LAYERS: list[list[tuple[set[str], set[str]]]] = [
     [({"sae_kernels"}, {"torch", "triton"})],
     [
         (
-            {"errors", "registry", "seeds", "devices", "codes", "batch", "places", "stop", "ranks"}
+            {"errors", "registry", "seeds", "devices", "codes", "batch", "places", "stop", "ranks", "split"}
             | {"files", "redact", "sinks", "log", "ops"},
             {"torch", "safetensors", "xxhash", "wandb"},
         )
