@@ -43,7 +43,8 @@ PEER_saelens := sae-lens==6.54.12
 PEER_circuit_tracer := circuit-tracer==0.5.0 nnsight==0.6.3
 # For test-interop: these run in SAELens' environment, which has nearly all that they import; each lies in a folder
 # beside it, with the rest and without what it asks for, as no current torch and transformers satisfy that.
-JOINING := llamascopium sae_bench sae_dashboard
+JOINING := delphi llamascopium sae_bench sae_dashboard
+JOINING_delphi := eai-delphi==0.1.3
 JOINING_llamascopium := llamascopium==2.0.0b34 attrs==26.1.0 cattrs==26.2.1 json-repair==0.64.5 more-itertools==11.2.1 \
   pydantic-settings==2.16.3 pymongo==4.20.0
 JOINING_sae_bench := sae-bench==0.6.0 tabulate==0.10.0

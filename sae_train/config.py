@@ -139,6 +139,9 @@ class ExportConfig:
     """Hub id of the model to write, where the run's own name for it is a folder."""
     tokens: int = 2_048
     """Held-out rows of the run to compare on. 0, or no run: random rows, and no model is loaded."""
+    calibrate: bool = False
+    """Of an SAE trained with BatchTopK: find the threshold anew, on held-out rows, where as many latents are
+    active then as it was trained for."""
     dtype: str = "float32"
     """float32 or bfloat16. In bfloat16 thresholds and biases are rounded too, and so are codes."""
     trust_remote_code: bool = False

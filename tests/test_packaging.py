@@ -56,6 +56,7 @@ def test_the_wheel_holds_every_module_every_yaml_the_template_and_the_licence(wh
     assert "sae_train/conf/train.yaml" in yaml
     wanted = modules(ROOT / "sae_train", "sae_train")
     wanted |= modules(ROOT / "kernels" / "sae_kernels", "sae_kernels") | yaml
+    wanted |= {"sae_train/py.typed", "sae_kernels/py.typed"}
     wanted |= {"sae_train/conf/__init__.py", "sae_train/report/template.html"}
     assert wanted - names == set()
     (licence,) = [name for name in names if name.endswith("licenses/LICENSE")]

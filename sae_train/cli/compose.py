@@ -41,8 +41,15 @@ def compose(verb: str, overrides: list[str]) -> DictConfig:
             # Hydra would take sae=NAME and model=NAME for the groups of those names, which train has.
             config = hydra.compose(config_name=verb)
             parsed = OverridesParser.create().parse_overrides(overrides)
+            for several in (one for one in parsed if one.is_sweep_override()):
+                key = several.key_or_group
+                raise InputError(
+                    key, several.get_value_string(), f"one value; several are a list: {key}=[A,B]"
+                )
             ConfigLoaderImpl._apply_overrides_to_config(parsed, config)
             return config
+    except InputError:
+        raise
     except (HydraException, OmegaConfBaseException, *STRANGE) as error:
         raise _explain(verb, overrides, error) from None
 

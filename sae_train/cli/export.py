@@ -23,14 +23,13 @@ from sae_train.files import committed_folder, is_name, write_json
 from sae_train.formats.about import about_of
 from sae_train.formats.base import FORMATS, About, Format, FormatConfig, check
 from sae_train.formats.circuit_tracer import in_layers
-from sae_train.formats.plain import Plain, as_thresholds, open_sae
-from sae_train.formats.proof import Proof, compare, require
+from sae_train.formats.plain import IN_WORDS, Plain, as_thresholds, open_sae
+from sae_train.formats.proof import PROOF, Proof, as_record, compare, require
 from sae_train.formats.reference import calibrated, encode, rows_for
 from sae_train.registry import discover
 from sae_train.sae.base import SAE
 from sae_train.sae.io import WEIGHTS, load_sae
 
-PROOF = "export.json"
 IN_MEMORY = 1 << 28
 """Weights up to which an SAE encodes with its own code in the proof: 1 GiB. Larger ones do in blocks."""
 FEWER_ROWS = 256
@@ -57,9 +56,16 @@ def export(composed: DictConfig) -> int:
     written: dict[Path, Plain] = {}
     changed: dict[Path, dict[str, Any]] = {}
     for folder, plain in saes.items():
-        written[folder] = plain
-        if format_.thresholds_only and plain.rule.name in ("topk", "group_max"):
-            written[folder], changed[folder] = with_thresholds(plain, rows[folder], source)
+        written[folder], changed[folder] = plain, learned_for(plain)
+        learned = plain.rule.name == "threshold" and plain.rule.k is not None
+        replaced = format_.thresholds_only and plain.rule.name in ("topk", "group_max")
+        if request.calibrate and not (learned or replaced):
+            wanted = f"false: only a threshold is found on rows, and this is {plain.describe()}"
+            raise InputError("calibrate", request.calibrate, wanted)
+        if replaced or request.calibrate:
+            if source != "held-out":
+                raise without_held_out(request, plain)
+            written[folder], changed[folder] = with_thresholds(plain, rows[folder])
             abouts[folder] = replace(abouts[folder], l0=changed[folder]["l0_with_thresholds"])
     started = time.perf_counter()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -67,33 +73,39 @@ def export(composed: DictConfig) -> int:
         format_.write([(written[folder], abouts[folder]) for folder in folders], temp, dtype)
         wrote_s = time.perf_counter() - started
         proofs = prove(request, format_, written, rows, temp, dtype)
-        told = {
-            "format": request.format,
-            "dtype": request.dtype,
-            "rows_from": source,
-            "saes": {
-                name: proof.as_json() | changed.get(folder, {}) for name, (folder, proof) in proofs.items()
-            },
-        }
+        found = {name: proof.as_json() | changed[folder] for name, (folder, proof) in proofs.items()}
+        told = as_record(request.format, dtype, source, found)
         write_json(temp / PROOF, told)
     size_bytes = sum(path.stat().st_size for path in out.iterdir())
     for name, (folder, proof) in proofs.items():
-        print(line(name, proof, changed.get(folder), source))
+        print(line(name, proof, changed[folder], source))
     print(f"{request.format}: {out} ({size_bytes / 1e6:,.1f} MB, written in {wrote_s:.1f} s)")
     print(json.dumps(told))
     return 0
 
 
-def line(name: str, proof: Proof, changed: dict[str, Any] | None, source: str) -> str:
+def learned_for(plain: Plain) -> dict[str, Any]:
+    """The L0 that BatchTopK learned its threshold for; the proof has the one that it has on the rows."""
+    return {"l0_in_training": plain.rule.k} if plain.rule.name == "threshold" and plain.rule.k else {}
+
+
+def line(name: str, proof: Proof, more: dict[str, Any], source: str) -> str:
     text = (
         f"{name}: same on {proof.rows} {source} rows (codes {proof.codes:.1e}, reconstruction "
         f"{proof.reconstruction:.1e}, {proof.ties} of {proof.active} active latents on their edge)"
     )
-    if changed is not None:
-        text += (
-            f"; its {changed['rule']} became thresholds: L0 {changed['l0_in_training']:.1f} in training, "
-            f"{changed['l0_with_thresholds']:.1f} with them, {changed['shared']:.0%} of active latents shared"
+    if "l0_with_thresholds" in more:
+        told = (
+            "learned threshold was found anew"
+            if more["rule"] == "thresholds"
+            else f"{more['rule']} became thresholds"
         )
+        text += (
+            f"; its {told}: L0 {more['l0_in_training']:.1f} in training, "
+            f"{more['l0_with_thresholds']:.1f} with them, {more['shared']:.0%} of active latents shared"
+        )
+    elif "l0_in_training" in more and source == "held-out":
+        text += f"; its threshold was learned for L0 {more['l0_in_training']}, here it is {proof.l0:.1f}"
     return text
 
 
@@ -157,20 +169,24 @@ def rows_of(
     return held_out(config, record, folders, request.tokens), "held-out"
 
 
-def with_thresholds(plain: Plain, x: Tensor, source: str) -> tuple[Plain, dict[str, Any]]:
-    """An SAE with thresholds instead of its top-k or group-max, and what that changes on rows x."""
-    if source != "held-out":
-        wanted = (
-            "above 0, and a run with held-out rows: the format has no "
-            f"{plain.rule.name.replace('_', '-')}, and thresholds in its place are found on such rows"
-        )
-        raise InputError("tokens", 0, wanted)
+def without_held_out(request: ExportConfig, plain: Plain) -> InputError:
+    """What to say where thresholds are to be found and there are no rows to find them on."""
+    why = f"the format has no {IN_WORDS[plain.rule.name]}, and thresholds in its place are found on such rows"
+    if request.calibrate:
+        why = "thresholds are found on such rows"
+    if request.tokens == 0:
+        return InputError("tokens", 0, f"above 0, and a run with held-out rows: {why}")
+    return InputError("run", request.run, f"a run folder, or RUN/saes/NAME in one, with held-out rows: {why}")
+
+
+def with_thresholds(plain: Plain, x: Tensor) -> tuple[Plain, dict[str, Any]]:
+    """An SAE with thresholds found on held-out rows x, and what that changes on them."""
     found = calibrated(plain, x)
     before, after = encode(plain, x).keys, encode(found, x).keys
     shared = torch.isin(before, after).double().mean()
     facts = {
-        "rule": plain.rule.name.replace("_", "-"),
-        "l0_in_training": len(before) / len(x),
+        "rule": IN_WORDS[plain.rule.name],
+        "l0_in_training": plain.rule.k if plain.rule.name == "threshold" else len(before) / len(x),
         "l0_with_thresholds": len(after) / len(x),
         "shared": float(shared),
     }
@@ -205,7 +221,7 @@ def prove(
         original: SAE | Plain = plain
         if plain.d_sae * (plain.d_in + plain.d_out) > IN_MEMORY:
             x = x[:FEWER_ROWS]
-        elif plain.rule.name == open_sae(folder).rule.name:
+        elif plain.rule.name == open_sae(folder).rule.name and not request.calibrate:
             original = load_sae(folder)
         proof = compare(original, found.plain, x, dtype)
         require(proof, str(folder), request.format)

@@ -52,6 +52,8 @@ def meta(request: ImportConfig, found: Found, name: str) -> dict[str, Any]:
     """What is known of an imported SAE, as a run would have said it; the user's word goes first."""
     hook = request.hook or our_hook(found.hook)
     target = request.target or our_hook(found.target)
+    if request.target is not None and found.plain.kind != "transcoder":
+        raise InputError("target", request.target, f"none: this is {found.plain.describe()}")
     if found.plain.kind == "transcoder" and hook is not None and target is None:
         raise InputError("target", None, "the hook that this transcoder reconstructs: target=NAME")
     if hook is not None:

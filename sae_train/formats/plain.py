@@ -43,6 +43,9 @@ UNIT = 1e-5
 """How far a norm may be from 1 to count as 1; other libraries warn above this."""
 
 
+IN_WORDS = {"relu": "relu", "topk": "top-k", "group_max": "group-max", "threshold": "thresholds"}
+
+
 @dataclass(frozen=True)
 class Rule:
     """Which latents are active on a row.
@@ -117,7 +120,8 @@ class Plain:
         """In words, for messages."""
         gated = "gated " if self.gate else ""
         skip = "skip " if self.w_skip is not None else ""
-        return f"a {gated}{skip}{self.kind} with {self.rule.name.replace('_', '-')}"
+        words = f"{gated}{skip}{self.kind}"
+        return f"{'an' if words[0] == 'a' else 'a'} {words} with {IN_WORDS[self.rule.name]}"
 
 
 def of_sae(sae: SAE) -> Plain:

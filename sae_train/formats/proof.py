@@ -4,9 +4,10 @@ Codes, which latents are active, and reconstructions are compared. Forms that co
 differently (a pre-bias inside b_enc, a gate as a threshold), and a latent within rounding of where it turns
 on may be on in one and off in the other: then neither is wrong. Such ties are told from differences by how
 far from the edge the latent is, in units of the rounding of its own product; they are counted, left out, and
-must stay few.
+must stay few. What was found lies beside the weights as `export.json`.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ MOST_TIES = {torch.float32: 0.01, torch.bfloat16: 0.2}
 """Share of what is active."""
 ROWS = 512
 """At a time."""
+PROOF = "export.json"
+"""The file that says so, beside what was written."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,21 @@ def compare(original: SAE | Plain, back: Plain, x: Tensor, dtype: torch.dtype) -
         differing=differing if ties <= most else differing + ties,
         tolerance=TOLERANCE[dtype],
     )
+
+
+def as_record(
+    format_name: str, dtype: torch.dtype, rows_from: str, saes: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What `export.json` holds.
+
+    Args:
+        format_name: that was written.
+        dtype: of its weights.
+        rows_from: "held-out" or "random", what was compared on.
+        saes: name of each SAE -> its proof as JSON, with whatever else is to be said of it.
+    """
+    known = str(dtype).removeprefix("torch.")
+    return {"format": format_name, "dtype": known, "rows_from": rows_from, "saes": dict(saes)}
 
 
 def _number(value: Tensor) -> float:

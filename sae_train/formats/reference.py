@@ -127,14 +127,18 @@ def reconstruct(plain: Plain, x: Tensor, active: Active) -> Tensor:
 
 
 def calibrated(plain: Plain, x: Tensor) -> Plain:
-    """The same latents with one threshold instead of top-k or group-max: as many are active on rows x in all.
+    """The same latents with one threshold: as many are active on rows x in all as with top-k or group-max, or
+    as a threshold was learned for (BatchTopK).
 
     Codes are other codes then: a row with much in it has more of them, one with little fewer.
 
     Raises:
         InputError: nothing is active on these rows, so there is nothing to go by.
     """
-    kept = len(encode(Plain(**{**vars(plain), "gate": None}), x).keys)
+    if plain.rule.name == "threshold" and plain.rule.k:
+        kept = plain.rule.k * len(x)
+    else:
+        kept = len(encode(Plain(**{**vars(plain), "gate": None}), x).keys)
     read, best = read_rows(plain, x), torch.zeros(0)
     for first, block in plain.w_enc.blocks():
         h = functional.linear(read, block, plain.b_enc[first : first + len(block)]).flatten()

@@ -5,7 +5,8 @@ metadata an older reader runs, which forgets hooks and defaults; `apply_b_dec_to
 an error in a transcoder; a top-k SAE whose `rescale_acts_by_decoder_norm` is false cannot be opened by
 dashboards, and true changes nothing if decoder rows are unit vectors; a scale of the input is ignored when a
 folder is loaded from disk, so there is none here. There is no class for top-k transcoders or crosscoders.
-Matrices are [d_in, F] and [F, d_out], all tensors of one dtype.
+Matrices are [d_in, F] and [F, d_out], all tensors of one dtype. Folders of earlier releases are read as 6
+reads them: many published SAEs are of those.
 """
 
 from collections.abc import Sequence
@@ -41,6 +42,12 @@ VERSION = "6.54.12"
 CFG, WEIGHTS, SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
 TRANSCODERS = ("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 ARCHITECTURES = ("standard", "topk", "jumprelu", "gated", *TRANSCODERS)
+RENAMED = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}
+"""What a key was called before release 6."""
+DESCRIBED = ("model_name", "hook_name", "hook_name_out")
+"""Keys that lay beside the others then, and that are of use here."""
+ONES = "scaling_factor"
+"""A tensor that some of those releases wrote, of ones."""
 DTYPES = {dtype: str(dtype).removeprefix("torch.") for dtype in NAMES}
 
 
@@ -134,15 +141,10 @@ def metadata(about: About, transcodes: bool) -> dict[str, Any]:
 
 
 def read(folder: Path) -> Found:
-    table = json_object(folder / CFG)
+    table = as_of_6(json_object(folder / CFG))
     architecture = text(table.get("architecture"), "architecture", ARCHITECTURES)
     d_in, d_sae = (unit(table.get(key), key) for key in ("d_in", "d_sae"))
     described = object_at(table.get("metadata", {}), "metadata")
-    version = text(described.get("sae_lens_version"), "metadata.sae_lens_version")
-    if not version.split(".")[0].isdigit() or int(version.split(".")[0][:4]) < 6:
-        raise InputError(
-            "metadata.sae_lens_version", shown(version), "6.0.0 or later; SAELens 6 converts older"
-        )
     text(table.get("normalize_activations", "none"), "normalize_activations", ("none",))
     transcodes = architecture in TRANSCODERS
     pre_bias = flag(table, "apply_b_dec_to_input", not transcodes)
@@ -157,7 +159,11 @@ def read(folder: Path) -> Found:
     if "skip" in architecture:
         shapes["W_skip"] = (d_out, d_in)
     file = TensorFile(folder / WEIGHTS)
+    if ONES in file.shapes:
+        shapes[ONES] = (d_sae,)
     file.expect(shapes)
+    if ONES in shapes and bool((file.tensor(ONES) != 1).any()):
+        raise InputError(ONES, str(file.path), "ones: others were to be folded before an SAE was published")
     rule = Rule("relu")
     if architecture == "topk":
         rule = Rule("topk", unit(table.get("k", 100), "k", most=d_sae))
@@ -181,6 +187,36 @@ def read(folder: Path) -> Found:
     hook, target = (optional_text(described.get(key)) for key in ("hook_name", "hook_name_out"))
     model = optional_text(described.get("model_name"))
     return Found("main", plain, hook, target if transcodes else None, model)
+
+
+def as_of_6(table: dict[str, Any]) -> dict[str, Any]:
+    """A configuration of release 6 as it is, one of an earlier release as 6 understands it.
+
+    Raises:
+        InputError: one of its keys is of another type, or an option is on that 6 has no more.
+    """
+    version = table.get("sae_lens_version")
+    if version is None:
+        version = object_at(table.get("metadata", {}), "metadata").get("sae_lens_version")
+    if version is not None:
+        first = text(version, "sae_lens_version").split(".")[0]
+        if not first.isascii() or not first.isdigit():
+            raise InputError("sae_lens_version", shown(version), "a version such as 6.0.0")
+        if int(first[:4]) >= 6:
+            return table
+    old = {RENAMED.get(key, key): value for key, value in table.items()}
+    if flag(old, "finetuning_scaling_factor", False):
+        raise InputError("finetuning_scaling_factor", True, "false")
+    made = {"architecture": "standard", "apply_b_dec_to_input": True} | old
+    if text(old.get("activation_fn", "relu"), "activation_fn", ("relu", "topk")) == "topk":
+        made |= {"architecture": "topk"}
+    if made["architecture"] == "topk":
+        more = object_at(old.get("activation_fn_kwargs") or {}, "activation_fn_kwargs")
+        made["k"] = more.get("k", old.get("k"))
+    scaled = old.get("normalize_activations")
+    if scaled is None or isinstance(scaled, bool):
+        made["normalize_activations"] = "expected_average_only_in" if scaled else "none"
+    return made | {"metadata": {key: old[key] for key in DESCRIBED if key in old}}
 
 
 def _by_decoder_norm(plain: Plain) -> Plain:

@@ -224,6 +224,8 @@ def _snippets(what: Publication) -> list[str]:
     for name in sorted(what.forms.keys() - {"saelens", "sparsify"}):
         folders = what.forms[name]
         lines += ["", f"For {name}: " + ", ".join(f"`{folder}`" for folder in folders.values()) + "."]
+    if what.forms:
+        lines += ["", "Each of these forms was read back and compared with the SAE: `export.json` beside it."]
     if what.refused:
         lines += ["", "Forms that cannot hold an SAE:", ""]
         lines += [f"- `{sae}`: {escape(reason)}" for sae, reason in what.refused.items()]

@@ -1,14 +1,16 @@
 """Other libraries' forms of an SAE, for a publication: written, read back and compared before they go."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sae_train.errors import InputError
+from sae_train.files import write_json
 from sae_train.formats.about import about_of
 from sae_train.formats.base import FORMATS, FormatConfig
 from sae_train.formats.plain import open_sae
-from sae_train.formats.proof import compare, require
+from sae_train.formats.proof import PROOF, Proof, as_record, compare, require
 from sae_train.formats.reference import rows_for
 from sae_train.hub.runs import TrainedSAE
 from sae_train.registry import discover, nearest
@@ -35,7 +37,7 @@ def check_formats(names: list[str]) -> None:
 
 
 def write_form(name: str, sae: TrainedSAE, model: str | None, folder: Path) -> str | None:
-    """Write one SAE in another library's form into an empty folder.
+    """Write one SAE in another library's form into an empty folder, with the proof that it is the same.
 
     Args:
         name: the form.
@@ -58,7 +60,17 @@ def write_form(name: str, sae: TrainedSAE, model: str | None, folder: Path) -> s
     if reason is not None:
         return reason
     form.write([(plain, about_of(sae.folder, model))], folder, torch.float32)
-    rows = rows_for(plain, ROWS)
+    rows, proofs = rows_for(plain, ROWS), dict[str, dict[str, Any]]()
     for found in form.read(folder):
-        require(compare(plain, found.plain, rows, torch.float32), str(folder), name)
+        proof = compare(plain, found.plain, rows, torch.float32)
+        require(proof, str(folder), name)
+        proofs[found.name] = _rounded(proof)
+    write_json(folder / PROOF, as_record(name, torch.float32, "random", proofs))
     return None
+
+
+def _rounded(proof: Proof) -> dict[str, Any]:
+    """Relative differences to one digit: the others change with the number of threads, and would make every
+    publication of the same SAE another one."""
+    apart = {key: float(f"{getattr(proof, key):.0e}") for key in ("codes", "reconstruction")}
+    return proof.as_json() | apart

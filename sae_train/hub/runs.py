@@ -6,6 +6,7 @@ resid_post.12/width_16k/k_32__seed_1    where two would have the same name: what
 
 import hashlib
 import json
+import logging
 import re
 from collections import defaultdict
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from sae_train.sae.io import CONFIG, MAX_CONFIG_BYTES, WEIGHTS, sae_config
 from sae_train.train.optim import OptimConfig
 from sae_train.train.record import RunRecord
 from sae_train.train.resume import classify, flatten
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -106,10 +109,18 @@ def trained_saes(runs: list[str], name: str | None, base_model: str | None) -> l
         if record is None:
             raise InputError("run", str(run), "a run folder (it holds run.json)")
         if record.status != "done" or not folders:
-            raise InputError("run", str(run), f"a finished run, not one that is {record.status}")
-        members = [folder.name for folder in folders]
+            wanted = f"a finished run; this one is {record.status}, and its train command goes on with it"
+            raise InputError("run", str(run), wanted)
+        known = record.config.get("members")
+        # `sae-train import` may have put others beside those that were trained here.
+        mine = {folder.name: not isinstance(known, dict) or folder.name in known for folder in folders}
+        members = [member for member in mine if mine[member]]
         if name is not None and name not in members:
-            raise InputError("sae", name, f"one of {', '.join(members)}, which {run.name} has")
+            told = f": {name} is there, but was not trained in it" if name in mine else ""
+            raise InputError("sae", name, f"one of {', '.join(members)}, which {run.name} has{told}")
+        others = [member for member in mine if not mine[member]]
+        if others and name is None:
+            logger.warning("%s of %s was not trained there and is left out", ", ".join(others), run.name)
         found += [_read(run, member, record, base_model) for member in members if name in (None, member)]
     _name(found)
     return found

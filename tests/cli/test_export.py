@@ -84,6 +84,15 @@ def test_an_export_is_proved_on_held_out_rows_and_comes_back_as_ours(runs, tmp_p
     again = tmp_path / "again"
     command(capsys, "export", f"run={back}", "format=sparsify", f"out={again}", "tokens=0")
     assert told(again)["saes"]["back"]["holds"] and told(again)["rows_from"] == "random"
+    said = command(capsys, "publish", f"run={run}", "repo=me/saes", "dry_run=true")
+    assert "nobody was asked" in said and "back" not in said, "what was not trained here is left out"
+    line = command(capsys, "publish", f"run={run}", "sae=back", "repo=me/saes", "dry_run=true", code=2)
+    assert "sae='back'" in line and "was not trained in it" in line
+    alone = tmp_path / "alone"
+    shutil.copytree(back, alone)
+    lone = [f"run={alone}", "format=gemma_scope", f"out={tmp_path / 'scope'}"]
+    line = command(capsys, "export", *lone, code=2)
+    assert f"run='{alone}'" in line and "held-out rows: the format has no top-k" in line
 
 
 def test_training_goes_on_from_an_imported_sae(
@@ -124,7 +133,7 @@ def test_every_format_of_one_sae_is_written_whole_and_loads_again(format_name, f
         assert "became thresholds" not in said
         return
     (proof,) = proofs.values()
-    assert proof["rule"] == "topk" and "L0 4.0 in training" in said
+    assert proof["rule"] == "top-k" and "L0 4.0 in training" in said
     assert proof["l0_with_thresholds"] == pytest.approx(proof["l0_in_training"], rel=0.01)
     assert 0.5 < proof["shared"] < 1
 
@@ -211,6 +220,40 @@ def test_large_saes_are_proved_in_blocks_and_nobody_holds_them_whole(runs, tmp_p
         assert all(proof["holds"] for proof in told(out)["saes"].values())
 
 
+def test_a_threshold_that_was_learned_is_said_with_the_l0_it_has_on_held_out_rows(runs, tmp_path, capsys):
+    out = tmp_path / "out"
+    said = command(
+        capsys, "export", f"run={runs('sae/activation=batch_topk')}", "format=saelens", f"out={out}"
+    )
+    (proof,) = told(out)["saes"].values()
+    assert proof["l0_in_training"] == 4 and proof["l0"] == proof["active"] / proof["rows"]
+    assert f"its threshold was learned for L0 4, here it is {proof['l0']:.1f}" in said
+    assert json.loads((out / "cfg.json").read_text())["architecture"] == "jumprelu"
+
+
+def test_a_learned_threshold_is_found_anew_on_held_out_rows_when_asked_for(runs, tmp_path, capsys):
+    run, levels = runs("sae/activation=batch_topk"), []
+    for name, calibrate in (("was", "false"), ("now", "true")):
+        args = [f"run={run}", "format=saelens", f"out={tmp_path / name}", f"calibrate={calibrate}"]
+        said = command(capsys, "export", *args)
+        levels.append(load_file(tmp_path / name / "sae_weights.safetensors")["threshold"].unique().item())
+    (proof,) = told(tmp_path / "now")["saes"].values()
+    assert proof["l0"] == pytest.approx(4, abs=0.01) == proof["l0_with_thresholds"]
+    assert "its learned threshold was found anew: L0 4.0 in training, 4.0 with them" in said
+    assert levels[0] != levels[1]
+
+
+def test_only_a_threshold_is_found_anew(runs, tmp_path, capsys):
+    args = [f"run={runs()}", "format=saelens", f"out={tmp_path / 'out'}", "calibrate=true"]
+    line = command(capsys, "export", *args, code=2)
+    assert "calibrate=True" in line and line.endswith("with top-k"), line
+
+
+def test_two_runs_where_one_is_wanted_are_no_sweep(runs, tmp_path, capsys):
+    line = command(capsys, "export", f"run={runs()},b", "format=saelens", f"out={tmp_path / 'out'}", code=2)
+    assert line.endswith("one value; several are a list: run=[A,B]"), line
+
+
 def test_bfloat16_is_asked_for_by_name(runs, tmp_path, capsys):
     out = tmp_path / "out"
     command(capsys, "export", f"run={runs()}", "format=saelens", f"out={out}", "dtype=bfloat16")
@@ -227,6 +270,7 @@ def test_bfloat16_is_asked_for_by_name(runs, tmp_path, capsys):
         (("path={lens}", "format=sparsify"), ("d_in", "sae.safetensors")),
         (("path={run}/saes/main",), ("ours needs no import",)),
         (("path={lens}", "hook=a+b"), ("hook='a+b'", "1 hook")),
+        (("path={lens}", "target=mlp_out.1"), ("target='mlp_out.1'", "an autoencoder with top-k")),
         (("path={lens}", "out={lens}"), ("not there yet",)),
     ],
 )

@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 import torch
 from hub_server import TOKEN, HubServer, Repo
+from safetensors.torch import load_file, save_file
 
 from sae_train.cli.main import main
+from sae_train.formats.saelens import SAELens
 from sae_train.hub import outcome
 from sae_train.hub.fetch import fetch
 from sae_train.sae.io import load_sae
@@ -30,7 +32,7 @@ TINY = [
 A, B = "resid_post.1/width_48/k_4", "resid_post.1/width_48/k_2"
 OWN = {"config.json", "sae.safetensors", "features.safetensors", "metrics.json", "README.md"}
 OWN |= {f"plots/{name}.png" for name in ("density", "scatter", "fvu", "loss", "lr", "l0")}
-SAELENS = {"cfg.json", "sae_weights.safetensors", "sparsity.safetensors"}
+SAELENS = {"cfg.json", "sae_weights.safetensors", "sparsity.safetensors", "export.json"}
 ROOT_FILES = {"README.md", "plots/pareto.png"}
 REPO = "repo=me/saes"
 
@@ -355,6 +357,32 @@ def test_other_forms_have_folders_of_their_own_and_impossible_ones_are_refused(h
     assert json.loads(files[f"{A}/sparsify/cfg.json"])["k"] == 4
     one_line(capsys, 2, [f"run={run}", "repo=me/more", "formats=[gemma_scope]"], "formats", "thresholds")
     assert "me/more" not in hub.repos
+
+
+def test_every_form_of_an_sae_arrives_with_the_proof_that_it_is_the_same(hub, run, capsys, monkeypatch):
+    args = ["publish", f"run={run}", "sae=a", REPO, "formats=[own,saelens,merged]"]
+    assert main(args) == 0
+    files = tree(hub)
+    for name, folder, halves in (("saelens", A, {"main"}), ("merged", f"{A}/merged", {"main", "sparsify"})):
+        told = json.loads(files[f"{folder}/export.json"])
+        assert (told["format"], told["dtype"], told["rows_from"]) == (name, "float32", "random")
+        assert told["saes"].keys() == halves
+        for proof in told["saes"].values():
+            assert proof["holds"] and proof["rows"] == 256 and proof["active"] > 256
+            assert proof["differing"] == 0 and max(proof["codes"], proof["reconstruction"]) < 1e-5
+    assert "`export.json`" in files["README.md"].decode()
+    write = SAELens.write
+
+    def slightly_wrong(self: SAELens, saes: Any, folder: Path, dtype: torch.dtype) -> None:
+        write(self, saes, folder, dtype)
+        tensors = load_file(folder / "sae_weights.safetensors")
+        tensors["b_dec"] += 0.01
+        save_file(tensors, folder / "sae_weights.safetensors")
+
+    monkeypatch.setattr(SAELens, "write", slightly_wrong)
+    asked = len(hub.requests)
+    one_line(capsys, 2, [f"run={run}", "repo=me/more"], "does the same as")
+    assert len(hub.requests) == asked, "nobody is asked to take what is not the same"
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,13 @@ from sae_train.sae.base import SAE
 
 PEERS = Path(__file__).resolve().parent / "peers"
 BENCH = Path(__file__).resolve().parents[2] / ".venv-bench"
-JOINING = ("llamascopium", "sae_dashboard", "sae_bench")
-"""Packages in folders of their own, which run in SAELens' environment: they need little that it has not."""
+JOINING = {
+    "llamascopium": "saelens",
+    "sae_dashboard": "saelens",
+    "sae_bench": "saelens",
+    "delphi": "sparsify",
+}
+"""Packages in folders of their own -> whose environment they run in: they need little that it has not."""
 TOLERANCE = 1e-4
 
 
@@ -23,9 +28,8 @@ def python_of(peer: str) -> Path:
     """The interpreter of a peer's environment; skips the test where that is not installed."""
     if peer == "ours":
         return Path(sys.executable)
-    joins = peer in JOINING
-    found = BENCH / ("saelens" if joins else peer) / "bin" / "python"
-    if not found.exists() or (joins and not (BENCH / peer / peer).exists()):
+    found = BENCH / JOINING.get(peer, peer) / "bin" / "python"
+    if not found.exists() or (peer in JOINING and not (BENCH / peer / peer).exists()):
         pytest.skip(f"{peer} is not installed: make test-interop does that")
     return found
 

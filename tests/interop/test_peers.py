@@ -28,6 +28,7 @@ pytestmark = [pytest.mark.interop, pytest.mark.timeout(900), pytest.mark.usefixt
 READS = {
     "saelens": ["saelens", "merged"],
     "sparsify": ["sparsify", "merged"],
+    "delphi": ["sparsify", "merged"],
     "dictionary_learning": ["dictionary_learning"],
     "circuit_tracer": ["circuit_tracer", "gemma_scope"],
     "llamascopium": ["openmoss"],
@@ -42,6 +43,7 @@ SAVES: dict[str, list[str]] = {
     "saelens": [
         *("standard", "topk", "topk-rescaled", "jumprelu", "gated", "transcoder", "skip_transcoder"),
         *("jumprelu_transcoder", "jumprelu_skip_transcoder"),
+        *("standard of before 6", "topk of before 6", "jumprelu of before 6", "gated of before 6"),
     ],
     "sparsify": ["topk", "groupmax", "transcoder", "skip transcoder", "groupmax skip transcoder"],
     "dictionary_learning": [

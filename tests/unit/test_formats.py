@@ -203,5 +203,5 @@ def test_a_format_that_nobody_knows_is_answered_with_those_there_are():
 def test_an_sae_that_fits_nowhere_is_refused_by_all():
     plain = of_sae(built("gated", "crosscoder", "topk"))
     assert holders(plain) == []
-    with pytest.raises(InputError, match="none but our own"):
+    with pytest.raises(InputError, match=r"holds a gated crosscoder with top-k \(none but our own\)"):
         check(FORMATS.build(FormatConfig("openmoss")), plain)

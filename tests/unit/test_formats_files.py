@@ -79,6 +79,56 @@ def test_saelens_top_k_by_decoder_norm_is_read_as_it_computes(tmp_path):
     torch.testing.assert_close(sae(x), (want / norms) @ tensors["W_dec"] + plain.b_dec, rtol=1e-4, atol=1e-4)
 
 
+EARLIER = {"hook_point": "blocks.3.hook_resid_post", "model_name": "gpt2", "activation_fn_str": "relu"}
+"""As release 2 wrote it, beside the widths."""
+
+
+@pytest.mark.parametrize("rule", ["relu", "topk", "jumprelu"])
+def test_a_saelens_folder_of_before_release_6_is_read_as_6_reads_it(rule, tmp_path):
+    plain = written(("linear", "autoencoder", rule), "saelens", tmp_path)
+    table = {key: value for key, value in config(tmp_path).items() if key in ("d_in", "d_sae", "dtype")}
+    table |= EARLIER | {"normalize_activations": False, "finetuning_scaling_factor": False}
+    if rule == "topk":
+        table |= {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 4}}
+    if rule == "jumprelu":
+        table |= {"architecture": "jumprelu"}
+    weights = tmp_path / "sae_weights.safetensors"
+    save_file(load_file(weights) | {"scaling_factor": torch.ones(F)}, weights)
+    (tmp_path / "cfg.json").write_text(json.dumps(table))
+    (found,) = FORMATS.build(FormatConfig("saelens")).read(tmp_path)
+    assert (found.hook, found.model) == ("blocks.3.hook_resid_post", "gpt2")
+    assert compare(plain, found.plain, rows(KINDS["autoencoder"]), torch.float32).holds
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"normalize_activations": True}, "normalize_activations='expected_average_only_in'"),
+        ({"normalize_activations": "layer_norm"}, "normalize_activations='layer_norm'"),
+        ({"finetuning_scaling_factor": True}, "finetuning_scaling_factor=True"),
+        ({"activation_fn_str": "tanh-relu"}, "activation_fn='tanh-relu'"),
+        ({"activation_fn_str": "topk"}, "k=None: expected a whole number"),
+        ({"activation_fn_str": "topk", "activation_fn_kwargs": {"k": "4"}}, "k='4'"),
+        ({"sae_lens_version": "six"}, "sae_lens_version='six'"),
+        ({"sae_lens_version": "\u0666.0"}, "sae_lens_version="),
+    ],
+)
+def test_what_release_6_would_misread_in_an_earlier_folder_is_refused(wrong, words, tmp_path):
+    written(("linear", "autoencoder", "relu"), "saelens", tmp_path)
+    table = {key: value for key, value in config(tmp_path).items() if key in ("d_in", "d_sae", "dtype")}
+    (tmp_path / "cfg.json").write_text(json.dumps(table | EARLIER | wrong))
+    with pytest.raises(InputError, match=words):
+        load_sae(tmp_path)
+
+
+def test_factors_that_were_never_folded_are_refused(tmp_path):
+    written(("linear", "autoencoder", "relu"), "saelens", tmp_path)
+    weights = tmp_path / "sae_weights.safetensors"
+    save_file(load_file(weights) | {"scaling_factor": torch.full((F,), 1.5)}, weights)
+    with pytest.raises(InputError, match="scaling_factor="):
+        load_sae(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("case", "architecture"),
     [
