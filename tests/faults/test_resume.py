@@ -9,7 +9,9 @@ import pytest
 import torch
 from faults.tools import (
     DYING,
+    ROWS,
     SYNTHETIC,
+    WINDOWS,
     WITHOUT_MODEL,
     Zygote,
     at_step,
@@ -85,14 +87,16 @@ def assert_same(one: Legs, two: Legs) -> None:
     assert seen == sorted(seen)
 
 
-def interrupted_twice(zygote: Zygote, tmp_path: Path, args: list[str], seed: str) -> None:
+def interrupted_twice(
+    zygote: Zygote, tmp_path: Path, args: list[str], seed: str, batches: tuple[str, str] = ROWS
+) -> None:
     """Kill a run once and stop it once, at seeded steps, and compare it with one left alone."""
     choose = random.Random(seed)
     whole = uninterrupted(zygote, tmp_path / "whole", args)
     broken = Legs(zygote, tmp_path / "broken", args)
-    broken.leg(-signal.SIGKILL, kill_once_saved(broken.run, choose.randint(8, 19)))
+    broken.leg(-signal.SIGKILL, kill_once_saved(broken.run, choose.randint(8, 19), batches))
     stopped = choose.randint(28, 38)
-    broken.leg(75, at_step(stopped, send(signal.SIGTERM)))
+    broken.leg(75, at_step(stopped, send(signal.SIGTERM), batches))
     assert newest(broken.run) == stopped
     broken.leg(0)
     assert broken.starts[1] > 0 and broken.starts[2] == stopped
@@ -125,9 +129,23 @@ def test_a_run_killed_twenty_times_ends_with_the_bits_and_the_rows_of_one_left_a
     assert len(broken.sewn()) == 200 and sum(map(len, broken.rows)) > 200, "no leg lost a step to its kill"
 
 
+def every_kind() -> str:
+    """SAEs among which each architecture and each activation is, side by side in one run."""
+    saes = list(SAES)
+    members = [
+        f"m{i}: {{sae: {{name: {saes[i % len(saes)]}, activation: {{name: {name}}}}}}}"
+        for i, name in enumerate(ACTIVATIONS)
+    ]
+    assert len(members) >= len(saes)
+    return f"saes={{{', '.join(members)}}}"
+
+
+@pytest.mark.timeout(400)  # seven processes
 @pytest.mark.parametrize("source", ["stream", "disk"])
-def test_a_chain_of_five_stops_is_one_run(zygote, source, request, tmp_path):
-    args = [*arguments(source, request, zygote, tmp_path), *SHORT, *DYING]
+def test_a_chain_of_five_stops_is_one_run_for_every_architecture_and_activation(
+    zygote, source, request, tmp_path
+):
+    args = [*arguments(source, request, zygote, tmp_path), *SHORT, *DYING, every_kind()]
     whole = uninterrupted(zygote, tmp_path / "whole", args)
     broken = Legs(zygote, tmp_path / "broken", args)
     stops = sorted(random.Random(source).sample(range(3, 38), 5))
@@ -174,6 +192,14 @@ def test_every_architecture_and_activation_resumes_exactly(zygote, sae, activati
     interrupted_twice(zygote, tmp_path, [*args, "train.ema=0.9"], f"{sae} {activation} {stepper}")
 
 
+CHANGING = """saes={
+    sampled: {sae: {name: matryoshka, sampled: 3}},
+    annealed: {sae: {activation: {k_start: 8, k_steps: 0.8, multi: 0.125}}},
+    bent: {sae: {activation: {name: relu, p_end: 0.5}}}
+}""".replace("\n", "")
+"""What is drawn anew at every step, or changes over the run."""
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -182,11 +208,17 @@ def test_every_architecture_and_activation_resumes_exactly(zygote, sae, activati
         ["train.accumulate=2", "sae.b_dec_init=mean", "sae.input_scale=none"],
         ["saes={a: {optim: {name: muon}}, b: {optim: {name: schedule_free, decay: 0}}}"],
         ["train.resample_every=5", "sae.auxk_coefficient=0"],
+        [CHANGING],
     ],
-    ids=["approximate Adam", "two members", "micro-batches", "other optimizers", "resampling"],
+    ids=["approximate Adam", "two members", "micro-batches", "other optimizers", "resampling", "schedules"],
 )
 def test_every_way_to_train_resumes_exactly(zygote, options, tmp_path):
     interrupted_twice(zygote, tmp_path, [*SYNTHETIC, *DYING, *SHORT, *options], options[0])
+
+
+@pytest.mark.parametrize("loss", ["kl", "ce"])
+def test_training_through_the_model_resumes_exactly(zygote, tiny, loss, tmp_path):
+    interrupted_twice(zygote, tmp_path, [*tiny, *DYING, *SHORT, f"train.loss={loss}"], loss, WINDOWS)
 
 
 @pytest.mark.parametrize("source", ["stream", "stream ahead", "disk", "tensors", "two hooks"])

@@ -20,6 +20,7 @@ from faults.tools import (
 
 from sae_train.checkpoint import Checkpointer
 from sae_train.files import verify
+from sae_train.train.record import RunRecord
 
 SHORT = ["train.tokens=1280", "checkpoint.every=5", "eval.every=10"]
 """40 steps."""
@@ -157,6 +158,8 @@ def test_a_signal_in_an_evaluation_or_at_the_end_loses_nothing(zygote, tiny, who
     text = zygote.run("train", *args, f"run.dir={run}", before=before, code=75)
     assert said in text and "Traceback" not in text
     committed(run)
+    record = RunRecord.read(run)
+    assert record is not None and record.status == "stopped"
     assert_goes_on(zygote, args, run, whole)
 
 

@@ -194,21 +194,22 @@ def send(number: int) -> str:
     return f"os.kill(os.getpid(), {int(number)})"
 
 
-def at_step(step: int, action: str) -> str:
+ROWS = ("sae_train.shards.source:ShardSource.next_batch", "args[0].batches")
+WINDOWS = ("sae_train.harvest.window_source:WindowSource.next_batch", "args[0].counts['seen'] // 32")
+"""What gives a run its batches -> how many it has given; of windows, for batches of 32 tokens."""
+
+
+def at_step(step: int, action: str, batches: tuple[str, str] = ROWS) -> str:
     """Code for `before=`: run `action` while this optimizer step is done, resumed or not."""
-    return call(
-        "sae_train.shards.source:ShardSource.next_batch",
-        f"if args[0].batches == {step}:\n    {action}",
-        after=True,
-    )
+    return call(batches[0], f"if {batches[1]} == {step}:\n    {action}", after=True)
 
 
-def kill_once_saved(run: Path, step: int) -> str:
+def kill_once_saved(run: Path, step: int, batches: tuple[str, str] = ROWS) -> str:
     """Code for `before=`: SIGKILL in this step, or in the first after it that a checkpoint lies behind."""
     return call(
-        "sae_train.shards.source:ShardSource.next_batch",
+        batches[0],
         f"""
-if args[0].batches >= {step}:
+if {batches[1]} >= {step}:
     from pathlib import Path
     from sae_train.checkpoint import Checkpointer
     for _ in range(20):  # a save in the background may be slow, and the next one waits for it

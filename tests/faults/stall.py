@@ -1,0 +1,87 @@
+"""What a checkpoint costs: how long training stands still, and what digests take of saves and loads.
+
+    python tests/faults/stall.py [LATENTS WIDTH]
+
+A run on synthetic rows, one thread, a checkpoint every 20 steps; what is timed is the project's own calls.
+"""
+
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sae_train.checkpoint import Checkpointer
+from sae_train.cli.main import main
+from sae_train.files import verify
+from sae_train.shards.source import ShardSource
+from sae_train.train.saver import Saver
+
+EVERY, STEPS, DEFAULT_EVERY = 20, 200, 1000
+
+
+def timed(owner: Any, name: str, seconds: list[float]) -> None:
+    """Note how long each call of a method takes."""
+    real: Callable[..., Any] = getattr(owner, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return real(*args, **kwargs)
+        finally:
+            seconds.append(time.perf_counter() - began)
+
+    setattr(owner, name, call)
+
+
+def measure(latents: int, width: int) -> dict[str, float]:
+    """Run, and say what a save costs."""
+    stood, wrote, arrived = list[float](), list[float](), list[float]()
+    timed(Saver, "start", stood)
+    timed(Checkpointer, "save", wrote)
+    real = ShardSource.next_batch
+
+    def next_batch(self: ShardSource) -> Any:
+        arrived.append(time.perf_counter())
+        return real(self)
+
+    ShardSource.next_batch = next_batch  # type: ignore[method-assign]
+    shape = f"d: {width}, features: {2 * width}, groups: 8, group_size: 8, l0: 8, rows: {512 * STEPS}"
+    keys = ["source=synthetic", f"source.synthetic={{{shape}}}", "hook=auto", "run.threads=1"]
+    keys += [f"sae.d_sae={latents}", "train.batch_tokens=512", f"train.tokens={512 * STEPS}"]
+    keys += [f"checkpoint.every={EVERY}", "eval.every=0", "eval.tokens=512"]
+    with tempfile.TemporaryDirectory() as folder:
+        assert main(["train", *keys, f"run.dir={folder}/run"]) == 0
+        checkpoints = Path(folder, "run", "checkpoints")
+        last = checkpoints / f"step-{STEPS:08d}"
+        size_bytes = sum(path.stat().st_size for path in last.iterdir())
+        loads, verified = list[float](), list[float]()
+        for _ in range(9):
+            began = time.perf_counter()
+            verify(last, "checkpoint")
+            verified.append(time.perf_counter() - began)
+            began = time.perf_counter()
+            Checkpointer(checkpoints).load(last)
+            loads.append(time.perf_counter() - began)
+    step = statistics.median(b - a for a, b in itertools.pairwise(arrived))
+    stall, save, digests = map(statistics.median, (stood, wrote, verified))
+    return {
+        "checkpoint_mb": size_bytes / 1e6,
+        "step_ms": 1e3 * step,
+        "stall_ms": 1e3 * stall,
+        "stall_steps": stall / step,
+        f"stall_share_at_every_{DEFAULT_EVERY}": stall / (stall + DEFAULT_EVERY * step),
+        "written_in_the_loop_ms": 1e3 * save,
+        "digests_share_of_save": digests / save,
+        "digests_share_of_load": digests / statistics.median(loads),
+    }
+
+
+if __name__ == "__main__":
+    given = [int(text) for text in sys.argv[1:3]]
+    found = measure(*(given or (2304, 576)))
+    print(json.dumps({name: round(value, 5) for name, value in found.items()}, indent=1))
