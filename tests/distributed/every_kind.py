@@ -158,6 +158,17 @@ def apart(own: Member, whole: Member) -> float | None:
     )
 
 
+def ties(split: Split) -> dict[str, list[int]]:
+    """How many of equal values each process keeps, by its place: lower rows and lower latents come first."""
+    values, latents = torch.ones(3, 5, device=DEVICE), torch.arange(5, device=DEVICE) + split.first(5)
+    kept = split.best(values, latents.expand(3, 5), 7)
+    x, w, b = torch.ones(4, 2, device=DEVICE), torch.ones(6, 2, device=DEVICE), torch.zeros(6, device=DEVICE)
+    batch = split.batch_topk_encode(x, w, b, 2)[0]
+    counts = torch.tensor([int(kept[0].sum()), int(kept.sum()), len(batch)])
+    found = torch.stack(split.all.gather(counts)).T.tolist()
+    return dict(zip(("first row", "rows", "batch"), found, strict=True))
+
+
 def main() -> None:
     torch.set_num_threads(1)
     mesh = MeshConfig(data=int(os.environ["DATA"]), feature=int(os.environ["FEATURE"]), timeout_s=60)
@@ -165,8 +176,9 @@ def main() -> None:
         split, sent, found = divided(ranks, mesh), Counted(), {}
         for name, *what in kinds():
             found[name] = compare(split, name, *what, sent)
+        equal = ties(split)
         if ranks.lead:
-            Path(os.environ["OUT"]).write_text(json.dumps(found))
+            Path(os.environ["OUT"]).write_text(json.dumps({"kinds": found, "ties": equal}))
 
 
 main()

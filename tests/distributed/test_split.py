@@ -26,13 +26,13 @@ SHORT = ["train.tokens=1280", "eval.every=20", "checkpoint.every=10"]
 """40 steps."""
 
 
-def each(launch: Any, tmp_path: Path, data: int, feature: int) -> dict[str, dict[str, Any]]:
+def each(launch: Any, tmp_path: Path, data: int, feature: int) -> dict[str, Any]:
     """What every_kind.py found in a group of so many processes."""
     out, script = tmp_path / "found.json", Path(__file__).with_name("every_kind.py")
     env = {"DATA": str(data), "FEATURE": str(feature), "OUT": str(out)}
     run = f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"
     launch(data * feature, "train", before=run, env=env).wait(0)
-    found: dict[str, dict[str, Any]] = json.loads(out.read_text())
+    found: dict[str, Any] = json.loads(out.read_text())
     return found
 
 
@@ -49,9 +49,16 @@ def sent(found: dict[str, int], name: str, data: int, feature: int) -> dict[str,
     return {kind: count for kind, count in every.items() if count}
 
 
-@pytest.mark.parametrize(("data", "feature"), [(1, 2), (2, 1), (2, 2), (1, 4)])
+SLOW = pytest.mark.slow  # the others cover each axis, and both
+
+
+@pytest.mark.parametrize(
+    ("data", "feature"),
+    [(2, 2), pytest.param(1, 2, marks=SLOW), pytest.param(2, 1, marks=SLOW), pytest.param(1, 4, marks=SLOW)],
+)
 def test_every_kind_of_sae_trains_divided_as_it_does_whole(data, feature, launch, tmp_path):
-    found = each(launch, tmp_path, data, feature)
+    answer = each(launch, tmp_path, data, feature)
+    found = answer["kinds"]
     assert len(found) > 20
     for name, one in found.items():
         assert one["start"] == 0, (name, "starts with other weights")
@@ -60,6 +67,17 @@ def test_every_kind_of_sae_trains_divided_as_it_does_whole(data, feature, launch
         assert one["losses"] < 64 * EPS, (name, one)
         assert one["weights"] < 1e-3, (name, one)
         assert one["bytes"] == sent(one["bytes"], name, data, feature), name
+    # 7 of 5 in each slice; 2 in each of 4 rows, of 6 in each slice
+    assert answer["ties"]["first row"] == [min(5, max(0, 7 - 5 * i)) for i in range(feature)] * data
+    line, budget = 6 * feature, 2 * 4 * data
+    kept = [
+        [sum(line * row + 6 * i + j < budget for j in range(6)) for i in range(feature)]
+        for row in range(4 * data)
+    ]
+    wanted = [
+        sum(kept[row][i] for row in range(4 * p, 4 * p + 4)) for p in range(data) for i in range(feature)
+    ]
+    assert answer["ties"]["batch"] == wanted and sum(wanted) == budget
     assert found["more dead than k_aux"]["dead"] > 6 and found["linear, topk"]["dead"] > 0
 
 
@@ -83,8 +101,8 @@ def alike(a: Any, b: Any) -> bool:
 @pytest.mark.parametrize(
     ("size", "mesh"),
     [
-        (2, ["mesh.feature=2"]),
-        (2, ["mesh.data=2"]),
+        pytest.param(2, ["mesh.feature=2"], marks=SLOW),
+        pytest.param(2, ["mesh.data=2"], marks=SLOW),
         (4, ["mesh.feature=2"]),
         (4, ["mesh.data=2", "mesh.feature=2"]),
     ],
