@@ -22,6 +22,7 @@ from sae_train.metrics.base import Metric
 from sae_train.metrics.density import Density
 from sae_train.metrics.l0 import L0
 from sae_train.metrics.sharing import decoder_shares
+from sae_train.metrics.twins import COSINE, twins
 from sae_train.places import Places
 from sae_train.ranks import Ranks
 from sae_train.report import plots
@@ -36,6 +37,9 @@ from sae_train.train.record import RunRecord
 from sae_train.train.state import TrainState
 
 T = TypeVar("T")
+
+TWINS = 0.01
+"""Share of latents that may be another's twin before the report says so."""
 
 
 def finish(
@@ -55,6 +59,7 @@ def finish(
     """
     own: dict[str, dict[str, float]] = {}
     found: dict[str, list[Metric]] = {}
+    alike: list[str] = []
     for member in state.members:
         if (whole := member.whole()) is None:
             continue
@@ -68,6 +73,7 @@ def finish(
                 config.eval.ce_tokens,
             )
         own[member.name]["dead"] = whole.dead()
+        alike += same_latents(whole)
     results = in_order(ranks.gather(own), record)
     if log is not None:
         for name, numbers in results.items():
@@ -99,7 +105,7 @@ def finish(
     ]
     several = len({(m["hook"], m["target"]) for m in record.config["members"].values()}) > 1
     points = in_order(ranks.gather(legends(state.members, several)), record)
-    problems = [line for lines in ranks.gather(skipped_steps(state)) for line in lines]
+    problems = [line for lines in ranks.gather(skipped_steps(state) + alike) for line in lines]
     if log is None:
         return
     seconds = time_shares(clock.state_dict(), wired.source.seconds)
@@ -258,6 +264,14 @@ def draw(
             drawn["l0"] = folder / "l0.png"
             plots.l0_distribution(metric.histogram, drawn["l0"])
     return drawn
+
+
+def same_latents(member: WholeMember) -> list[str]:
+    same, seen = twins(member.sae, member.stats.counts > 0)
+    if same <= TWINS * seen:
+        return []
+    point = f"{same} point where another one does (cosine above {COSINE})"
+    return [f"{member.name}: of {seen} latents that fire, {point}."]
 
 
 def skipped_steps(state: TrainState) -> list[str]:

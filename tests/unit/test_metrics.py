@@ -8,8 +8,10 @@ from sae_train.codes import Codes
 from sae_train.errors import InputError
 from sae_train.evaluate import EvalConfig, HeldOut, build_metrics, collect, evaluate, ordinary_rows
 from sae_train.metrics.base import METRICS, EvalBatch, MetricConfig
+from sae_train.metrics.twins import twins
 from sae_train.places import Places
 from sae_train.registry import discover
+from sae_train.sae.linear import LinearConfig, LinearSAE
 from sae_train.sae.matryoshka import MatryoshkaConfig, MatryoshkaSAE
 
 discover("sae_train.metrics")
@@ -140,3 +142,21 @@ def test_prefixes_of_a_matryoshka_sae_are_judged_by_what_they_reconstruct_withou
         missed = (x - sae.decode(Codes(alone, None, 12))).square().sum()
         assert numbers[f"fvu_first/{count}"] == pytest.approx(float(missed.detach() / variance), rel=1e-5)
     assert [name for name in numbers if name.startswith("fvu_first/")] == ["fvu_first/3", "fvu_first/8"]
+
+
+def test_latents_that_point_the_same_way_are_counted_and_those_that_never_fire_are_not():
+    sae = LinearSAE(LinearConfig(d_sae=3000, activation=TopKConfig(k=4)), 32)
+    sae.initialise(
+        torch.randn(64, 32, generator=torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1)
+    )
+    fires = torch.ones(3000, dtype=torch.bool)
+    same, seen = twins(sae, fires)
+    assert same == 0 and 900 < seen <= 1024
+    with torch.no_grad():
+        sae.w_dec[750:1500] = sae.w_dec[:750]
+        sae.w_dec[1500:2250] = -sae.w_dec[:750]  # the other way is no twin
+    same, seen = twins(sae, fires)
+    assert same / seen == pytest.approx(1 / 2, abs=0.01)
+    fires[750:1500] = False
+    assert twins(sae, fires)[0] == 0
+    assert twins(sae, ~fires & False) == (0, 0)
