@@ -12,7 +12,6 @@ What is said is JSON in tensors of bytes: object collectives of torch would unpi
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,6 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sae_train.errors import InputError, LostProcess, NumericsError, StoppedEarly
+from sae_train.meeting import meet, missed, own_gpu, place
+from sae_train.meeting import started as started
 
 T = TypeVar("T")
 
@@ -77,7 +78,8 @@ class Ranks:
         """The same processes with messages of their own, for another thread. All have to call it, in turn."""
         if self.size == 1:
             return self
-        return replace(self, group=dist.new_group(timeout=timedelta(seconds=self.timeout_s)))
+        with answered():
+            return replace(self, group=dist.new_group(timeout=timedelta(seconds=self.timeout_s)))
 
     def any(self, flag: bool) -> bool:
         """Whether any process says yes; all of them must ask."""
@@ -146,11 +148,6 @@ class Ranks:
 ALONE = Ranks()
 
 
-def started() -> int:
-    """How many processes torchrun, or whoever speaks its language, started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 @contextmanager
 def joined(config: MeshConfig) -> Iterator[Ranks]:
     """Meet the other processes; alone if there are none.
@@ -158,44 +155,28 @@ def joined(config: MeshConfig) -> Iterator[Ranks]:
     Raises:
         InputError: they do not meet.
     """
-    if started() == 1:
+    rank, size = place()
+    if size == 1:
         yield Ranks()
         return
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else None
-    )
+    device = torch.device("cuda", own_gpu()) if torch.cuda.is_available() else None
     if device is not None:
         torch.cuda.set_device(device)
-    timeout = timedelta(seconds=config.timeout_s)
+    store = meet(rank, size, config.timeout_s)
     try:
         dist.init_process_group(
             "gloo" if device is None else "cpu:gloo,cuda:nccl",
-            store=_store(timeout),
-            rank=int(os.environ["RANK"]),
-            world_size=started(),
-            timeout=timeout,
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=config.timeout_s),
         )
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
-        where = ":".join(os.environ.get(f"MASTER_{part}", "?") for part in ("ADDR", "PORT"))
-        wanted = f"an address where all {started()} processes meet, as torchrun sets it ({_first(error)})"
-        raise InputError("MASTER_ADDR:MASTER_PORT", where, wanted) from error
+    except (RuntimeError, ValueError, OSError) as error:
+        raise missed(size, error) from error
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), timeout_s=config.timeout_s)
     finally:
         dist.destroy_process_group()
-
-
-def _store(timeout: timedelta) -> dist.Store:
-    """Where the processes leave their addresses.
-
-    torchrun's own store outlives a restart of its workers, and those after it then find the addresses of
-    those before (pytorch issue 135712): each attempt gets names of its own.
-    """
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    hosts = not of_agent and os.environ["RANK"] == "0"
-    store = dist.TCPStore(address, port, started(), is_master=hosts, timeout=timeout)
-    return dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ LAYERS: list[list[tuple[set[str], set[str]]]] = [
     [
         (
             {"errors", "registry", "seeds", "devices", "codes", "batch", "places", "stop", "ranks", "split"}
-            | {"files", "redact", "sinks", "log", "ops"},
+            | {"files", "redact", "sinks", "log", "ops", "meeting"},
             {"torch", "safetensors", "xxhash", "wandb"},
         )
     ],
@@ -50,7 +50,7 @@ LAYERS: list[list[tuple[set[str], set[str]]]] = [
         )
     ],
     [({"load"}, {"torch"})],
-    [({"config", "member_set"}, {"hydra", "omegaconf"})],
+    [({"config", "member_set", "plan", "plan_job"}, {"hydra", "omegaconf"})],
     [
         (
             {"cli", "demo", "__main__"},

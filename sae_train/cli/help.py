@@ -11,6 +11,7 @@ commands:
 start here:
   sae-train train experiment=demo                    a real SAE in minutes, on a laptop
   sae-train train model.name=EleutherAI/pythia-70m hook=resid_post.3 corpus.name=monology/pile-uncopyrighted
+  sae-train plan experiment=demo                     what that will need: memory, disk, time
   sae-train harvest experiment=demo out=shards       activations once ...
   sae-train train source=shards source.path=shards   ... any number of SAEs
   sae-train COMMAND --help                           every key of a command, with its default

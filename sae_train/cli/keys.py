@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from sae_train.cli.compose import WITHOUT_GROUPS, options
+from sae_train.cli.plan import PlanOptions
 from sae_train.config import (
     Config,
     EvalCommandConfig,
@@ -19,7 +20,12 @@ from sae_train.config import (
 )
 from sae_train.sae.linear import LinearConfig
 
-ROOTS: dict[str, type] = {"train": Config, "harvest": HarvestConfig, "eval": EvalCommandConfig}
+ROOTS: dict[str, type] = {
+    "train": Config,
+    "plan": Config,
+    "harvest": HarvestConfig,
+    "eval": EvalCommandConfig,
+}
 ROOTS |= {"export": ExportConfig, "import": ImportConfig, "publish": PublishCommandConfig}
 GROUPS = ("experiment", "model", "corpus", "source", "sae", "sae/activation", "optim", "logger")
 
@@ -35,6 +41,8 @@ def verb_help(verb: str) -> str:
         lines += ["groups (key=OPTION picks a file; the keys below override single values):"]
         lines += [f"  {group + '=':<16} {', '.join(options(group))}" for group in GROUPS]
         lines.append("")
+    if verb == "plan":
+        lines += [*_keys(PlanOptions, ""), "", "and those of train:", ""]
     lines += _keys(ROOTS[verb], "")
     return "\n".join(lines)
 

@@ -19,6 +19,7 @@ from sae_train.stop import Interrupted
 
 VERBS = {
     "train": "harvest activations and train SAEs on them; continues the run that is there",
+    "plan": "memory, disk and time of a run, before anything starts",
     "harvest": "write activation shards to disk, once, for any number of runs",
     "eval": "held-out metrics of a run or of a published SAE",
     "publish": "put the SAEs of finished runs on the Hugging Face hub",

@@ -16,6 +16,7 @@ from sae_train import stop
 from sae_train.checkpoint import Checkpointer
 from sae_train.cli.compose import run_composed
 from sae_train.cli.finish import finish, timed
+from sae_train.cli.fit import refuse_unfit
 from sae_train.cli.folder import Ownership, owned
 from sae_train.cli.signals import StopSignals
 from sae_train.cli.wire import Wired, wire
@@ -135,9 +136,13 @@ def _run(
     torch.set_num_threads(chosen["threads"])
     clock = Clock()
     with clock.phase("loading"):
-        wired = wire(
-            config, hooks_of(wanted), device, chosen, lambda dims: check_widths(wanted, dims, split), ranks
-        )
+
+        def check_members(dims: Mapping[str, int]) -> None:
+            # All wait for all: one that leaves early would break the connections that others still make.
+            ranks.all_do(lambda: check_widths(wanted, dims, split))
+            ranks.all_do(lambda: refuse_unfit(config, wanted, dims, device, ranks.size))
+
+        wired = wire(config, hooks_of(wanted), device, chosen, check_members, ranks)
     try:
         for member in wanted:
             member.hook = "+".join(map(wired.key, member.places.inputs))
@@ -219,13 +224,16 @@ def _train(
         for m in split.mine(wanted)
     ]
     autocast = torch.bfloat16 if record.chosen["autocast"] == "bfloat16" else None
-    if built:
-        stepper = choose_stepper(
-            config.kernels, built, config.train.accumulate, autocast, wired.through, config.train.loss_weight
+    if not built:
+        logger.info("this process harvests only%s", "" if split.group is None else ": there are fewer SAEs")
+    loss = (autocast, wired.through, config.train.loss_weight)
+    stepper = ranks.all_do(
+        lambda: (
+            choose_stepper(config.kernels, built, config.train.accumulate, *loss)
+            if built
+            else AutogradStepper()
         )
-    else:
-        logger.info("there are more processes than SAEs; this one harvests only")
-        stepper = AutogradStepper()
+    )
     state = TrainState(built, wired.source)
     if loaded is not None:
         with clock.phase("loading"):
@@ -255,6 +263,7 @@ def _train(
             with clock.phase("initialisation"):
                 for member in built:
                     member.initialise(rows)
+                del rows  # views of a whole shard
         splice = timed(wired.splice, clock)
         trainer = Trainer(
             stepper=stepper,
@@ -292,6 +301,9 @@ def _train(
         try:
             finish(config, folder, record, wired, state, heldout, clock, log, ranks)
         except stop.Interrupted as error:
+            record.status = "stopped"
+            if ranks.lead:
+                record.write_last(folder, check)
             raise stop.Interrupted(
                 f"{error}: trained and saved; the same command evaluates and writes the report"
             ) from None
@@ -320,16 +332,20 @@ def check(config: Config) -> None:
             config.train.batch_tokens,
             f"a multiple of source.lanes={config.source.lanes}",
         )
+    if config.mesh.harvest and config.source.name != "stream":
+        wanted = f"0 with source={config.source.name}: there is no model to harvest from"
+        raise InputError("mesh.harvest", config.mesh.harvest, wanted)
     parts = config.mesh.data * config.train.accumulate
     if config.train.batch_tokens % parts:
         key = "mesh.data x train.accumulate" if config.train.accumulate > 1 else "mesh.data"
         raise InputError(key, parts, f"a divisor of train.batch_tokens={config.train.batch_tokens}")
-    if config.mesh.data * config.mesh.feature > 1:
-        alone = "with SAEs that are divided among processes (mesh.data, mesh.feature)"
-        if config.train.resample_every:
-            raise InputError("train.resample_every", config.train.resample_every, f"0 {alone}")
-        if config.train.loss != "rows":
-            raise InputError("train.loss", config.train.loss, f"rows {alone}")
+    divides = config.mesh.data * config.mesh.feature > 1
+    if divides and config.train.resample_every:
+        raise InputError(
+            "train.resample_every", config.train.resample_every, "0 with mesh.data or mesh.feature"
+        )
+    if (divides or config.mesh.harvest) and config.train.loss != "rows":
+        raise InputError("train.loss", config.train.loss, "rows with mesh.data, mesh.feature or mesh.harvest")
     build_metrics(config.eval.metrics, 1, 1)
     if config.train.loss != "rows":
         length, count = (

@@ -173,8 +173,9 @@ class Member:
                 return None
             device = self.sae.input_scale.device
             stats = FeatureStats(self.sae.d_sae, device)
-            trained = SAES.build(self.config.sae, self.widths).to(device)
-            trained.load_state_dict(state)
+            with torch.device("meta"):
+                trained = SAES.build(self.config.sae, self.widths)
+            trained.load_state_dict(state, assign=True)  # the tensors themselves: there is no room for two
             stats.load_state_dict({"tokens": self.stats.tokens, **counted})
         return WholeMember(self.name, self.places, self.config, trained, stats, self.dead_after_tokens)
 
