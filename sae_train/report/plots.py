@@ -6,7 +6,7 @@ with any common colour blindness tell apart; held-out values are also told from 
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +198,16 @@ def l0_distribution(counts: Sequence[int] | Any, path: Path, title: str = "Activ
     return _save(figure, path)
 
 
+def _apart(numbers: Iterable[float]) -> list[float]:
+    """Those of some numbers, from the least, whose labels do not touch on an axis of their logarithms."""
+    rising = sorted(numbers)
+    apart, out = (rising[-1] / rising[0]) ** 0.08, rising[:1]
+    for x in rising:
+        if x > out[-1] * apart:
+            out.append(x)
+    return out
+
+
 def pareto(
     series: Mapping[str, Mapping[str, tuple[float, float]]],
     path: Path,
@@ -229,9 +239,9 @@ def pareto(
                 axes.annotate(_plain(name), point, **spot)
     if len({x for x, _ in drawn}) > 1:
         axes.set_xscale("log")
-        axes.set_xticks(sorted({x for x, _ in drawn})[:: max(1, len(drawn) // 8)])
+        axes.set_xticks(_apart(x for x, _ in drawn))
         axes.minorticks_off()
-        axes.xaxis.set_major_formatter("{x:.4g}")
+        axes.xaxis.set_major_formatter("{x:.3g}")
     axes.margins(x=0.12, y=0.15)
     axes.set_ylim(bottom=0)
     if len(series) > 1:

@@ -360,3 +360,10 @@ def test_a_browser_runs_nothing_and_asks_for_nothing(tmp_path: Path, drawn: dict
     assert "<title>owned" not in page
     assert "<script" not in page
     assert [path for path in asked if path in ("/img", "/fetch")] == []
+
+
+def test_labels_of_numbers_that_lie_close_together_do_not_touch():
+    close = [16.0, 15.9, 16.3, 31.7, 32.0, 32.6, 64.0, 62.8, 65.0]
+    assert plots._apart(close) == [15.9, 31.7, 62.8]
+    assert plots._apart([4.0]) == [4.0]
+    assert plots._apart([1.0, 2.0, 4.0, 8.0]) == [1.0, 2.0, 4.0, 8.0]
