@@ -187,7 +187,7 @@ def _memory(job: Job, members: Iterable[MemberShape]) -> tuple[dict[str, dict[st
         "SAEs, activations of a step": (0, step, sum(held), 0),
         "SAEs, first weights": (start, 0, 0, 0),
         "checkpoint, copy": (here * (weights + counters), here * snapshot, here * snapshot, 0),
-        "evaluation": (0, 0, judged if judges else 0, shown),
+        "evaluation, model included" if job.model else "evaluation": (0, 0, judged if judges else 0, shown),
         "kept by malloc": (slack, slack, slack, slack + freed),
     }
     host = BASE_BYTES[job.model is not None] + (snapshot or weights + counters) + REPORT_BYTES

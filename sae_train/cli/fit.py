@@ -18,7 +18,7 @@ from sae_train.config import Config
 from sae_train.demo import resolve as demo
 from sae_train.devices import native_bfloat16
 from sae_train.errors import InputError
-from sae_train.files import read_json
+from sae_train.files import MAX_MANIFEST_BYTES, read_json
 from sae_train.harvest.harvester import check_sites
 from sae_train.harvest.hooks import Site, is_other, resolve
 from sae_train.harvest.kinds import skeleton
@@ -303,7 +303,9 @@ def on_disk(folder: Path, row_bytes: int, shard_rows: int) -> tuple[int, int]:
     """Bytes of a row and rows of a shard as the first shard of a harvest has them; else as they are given."""
     first = shard_path(folder, 0)
     try:
-        rows = int(read_json(first / "MANIFEST.json")["meta"]["rows"])
-        return (first / ROWS).stat().st_size // max(1, rows), rows
+        rows = int(read_json(first / "MANIFEST.json", MAX_MANIFEST_BYTES)["meta"]["rows"])
+        found = (first / ROWS).stat().st_size // max(1, rows)
     except (OSError, ValueError, LookupError, TypeError):
-        return row_bytes, shard_rows  # reading the shards themselves says what is wrong with them
+        found, rows = 0, 0
+    # Reading the shards themselves says what is wrong with them.
+    return (found, rows) if row_bytes / 4 <= found <= 4 * row_bytes else (row_bytes, shard_rows)

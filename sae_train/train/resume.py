@@ -22,7 +22,8 @@ ALLOWED = (
     "eval",
     "source.prefetch",
     # Processes share members and lanes: no bit depends on how many there are.
-    "mesh",
+    "mesh.timeout_s",
+    "mesh.harvest",
     # What a run is told to change when its data ends early; rows that it has seen stay the same.
     "corpus.allow_short",
     "corpus.epochs",
@@ -31,7 +32,7 @@ ALLOWED = (
     "corpus.timeout_s",
     "source.epochs",
 )
-WARNED = ("run.threads", "model.device", "model.attn_implementation", "kernels")
+WARNED = ("run.threads", "model.device", "model.attn_implementation", "kernels", "mesh.data", "mesh.feature")
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -14,10 +14,8 @@ from sae_train.plan_job import GIB
 
 ROWS = ["source=synthetic", "hook=auto", "source.synthetic.d=256", "source.shard_tokens=8192"]
 ROWS += ["eval.tokens=1024", "run.threads=1", "checkpoint.every=2"]
-LARGE = {
-    "fused steps and a checkpoint beside them": ["sae.d_sae=32768", "train.batch_tokens=256"],
-    "dense codes through autograd": ["sae.d_sae=8192", "sae/activation=jumprelu", "train.batch_tokens=1024"],
-}
+FUSED = ["sae.d_sae=32768", "train.batch_tokens=256"]
+DENSE = ["sae.d_sae=8192", "sae/activation=jumprelu", "train.batch_tokens=1024"]
 
 
 def told(capsys: pytest.CaptureFixture[str], *args: str) -> dict:
@@ -25,7 +23,13 @@ def told(capsys: pytest.CaptureFixture[str], *args: str) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("args", LARGE.values(), ids=LARGE.keys())
+@pytest.mark.parametrize(
+    "args",
+    [
+        pytest.param(FUSED, id="fused steps and a checkpoint beside them"),
+        pytest.param(DENSE, id="dense codes through autograd", marks=pytest.mark.slow),
+    ],
+)
 def test_the_planned_memory_is_within_the_margin_of_a_real_run(args, tmp_path, capsys):
     """In a process of its own, as resident memory is; with a checkpoint and an evaluation half way."""
     batch = int(args[-1].partition("=")[2])

@@ -35,6 +35,7 @@ def test_all_save_the_same_step_when_one_is_asked_to_stop(rank, launch, tmp_path
     assert steps(run)
 
 
+@pytest.mark.slow  # test_uneven.py does that too, row by row
 def test_a_run_goes_on_with_another_number_of_processes_to_the_same_bits(launch, zygote, tiny, tmp_path):
     sizes = (2, 1, 3)
     args = [*tiny, "source.lanes=4", GRID, "train.tokens=1280", "eval.every=20"]

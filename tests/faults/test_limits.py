@@ -22,9 +22,10 @@ def train(run: Path, *more: str) -> list[str]:
 
 
 def test_a_run_out_of_memory_says_so_in_one_line_and_its_checkpoints_stay(zygote, tmp_path):
-    """The address space is limited to what the run has, when it is about to make another shard of 16 MB."""
+    """The address space is limited to what the run has, as it is about to make another shard of 64 MB, which
+    is more than malloc keeps for later."""
     run, gate = tmp_path / "run", Gate(tmp_path / "gate", SAVE, 2)
-    args = train(run, "train.batch_tokens=4096", "train.tokens=819200", "source.shard_tokens=65536")
+    args = train(run, "train.batch_tokens=4096", "train.tokens=819200", "source.shard_tokens=262144")
     process = zygote.start(*args, before=WAIT + gate.before, plots=False)
     gate.reached(2, process)
     steps, size = whole_steps(run), psutil.Process(process.pid).memory_info().vms

@@ -36,6 +36,7 @@ def reached(calls: str) -> list[str]:
     return [line for line in calls.splitlines() if "AF_INET" in line]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # three whole processes, traced
 def test_without_an_address_in_the_command_nobody_is_asked_and_none_is_missed(tiny, tmp_path):
     needs_namespaces()
