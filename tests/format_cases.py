@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from sae_train.activations.base import ACTIVATIONS
@@ -20,6 +22,7 @@ from sae_train.formats.base import FORMATS, About, FormatConfig, Place, check
 from sae_train.formats.plain import Plain, as_thresholds, of_sae, to_sae
 from sae_train.formats.proof import Proof, compare
 from sae_train.formats.reference import calibrated
+from sae_train.formats.saelens import SAELens
 from sae_train.places import Widths
 from sae_train.registry import discover
 from sae_train.sae.base import SAE, SAES
@@ -176,3 +179,16 @@ def cell(case: tuple[str, str, str], format_name: str, reasons: list[str]) -> st
 
 if __name__ == "__main__":
     sys.stdout.write(table())
+
+
+def write_slightly_wrong(monkeypatch: Any) -> None:
+    """From now on what is written for SAELens is not the SAE: its bias is moved."""
+    write = SAELens.write
+
+    def moved(self: SAELens, saes: Any, folder: Path, dtype: torch.dtype) -> None:
+        write(self, saes, folder, dtype)
+        tensors = load_file(folder / "sae_weights.safetensors")
+        tensors["b_dec"] += 0.01
+        save_file(tensors, folder / "sae_weights.safetensors")
+
+    monkeypatch.setattr(SAELens, "write", moved)

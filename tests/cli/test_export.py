@@ -10,13 +10,13 @@ import pytest
 import torch
 import yaml
 from faults.tools import TINY
-from safetensors.torch import load_file, save_file
+from format_cases import write_slightly_wrong
+from safetensors.torch import load_file
 
 from sae_train import load_sae
 from sae_train.cli import export as export_command
 from sae_train.cli.main import main
 from sae_train.formats.blocks import Matrix
-from sae_train.formats.saelens import SAELens
 
 SHORT = [*TINY, "train.tokens=640", "checkpoint.every=50", "eval.every=0"]
 """20 steps."""
@@ -192,15 +192,7 @@ def test_nothing_is_written_over(runs, tmp_path, capsys):
 
 
 def test_an_export_that_is_not_the_same_is_an_error_and_leaves_nothing(runs, tmp_path, capsys, monkeypatch):
-    write = SAELens.write
-
-    def slightly_wrong(self: SAELens, saes: Any, folder: Path, dtype: torch.dtype) -> None:
-        write(self, saes, folder, dtype)
-        tensors = load_file(folder / "sae_weights.safetensors")
-        tensors["b_dec"] += 0.01
-        save_file(tensors, folder / "sae_weights.safetensors")
-
-    monkeypatch.setattr(SAELens, "write", slightly_wrong)
+    write_slightly_wrong(monkeypatch)
     line = command(capsys, "export", f"run={runs()}", "format=saelens", f"out={tmp_path / 'out'}", code=2)
     assert "does the same as" in line and "reconstructions by" in line
     assert list(tmp_path.iterdir()) == []

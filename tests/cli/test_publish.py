@@ -15,11 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from format_cases import write_slightly_wrong
 from hub_server import TOKEN, HubServer, Repo
-from safetensors.torch import load_file, save_file
 
 from sae_train.cli.main import main
-from sae_train.formats.saelens import SAELens
 from sae_train.hub import outcome
 from sae_train.hub.fetch import fetch
 from sae_train.sae.io import load_sae
@@ -371,15 +370,7 @@ def test_every_form_of_an_sae_arrives_with_the_proof_that_it_is_the_same(hub, ru
             assert proof["holds"] and proof["rows"] == 256 and proof["active"] > 256
             assert proof["differing"] == 0 and max(proof["codes"], proof["reconstruction"]) < 1e-5
     assert "`export.json`" in files["README.md"].decode()
-    write = SAELens.write
-
-    def slightly_wrong(self: SAELens, saes: Any, folder: Path, dtype: torch.dtype) -> None:
-        write(self, saes, folder, dtype)
-        tensors = load_file(folder / "sae_weights.safetensors")
-        tensors["b_dec"] += 0.01
-        save_file(tensors, folder / "sae_weights.safetensors")
-
-    monkeypatch.setattr(SAELens, "write", slightly_wrong)
+    write_slightly_wrong(monkeypatch)
     asked = len(hub.requests)
     one_line(capsys, 2, [f"run={run}", "repo=me/more"], "does the same as")
     assert len(hub.requests) == asked, "nobody is asked to take what is not the same"
