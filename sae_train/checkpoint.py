@@ -16,6 +16,7 @@ import os
 import re
 import uuid
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from itertools import count
@@ -36,6 +37,8 @@ from sae_train.files import (
     remove_folder,
     remove_leftovers,
     verify,
+    verify_digests,
+    verify_listing,
     write_json,
     write_tensors,
 )
@@ -203,19 +206,17 @@ class Checkpointer:
         return None
 
     def _read(self, folder: Path) -> tuple[int, dict[str, Any], dict[str, Any]]:
-        step, meta = _verify_step(folder)
-        try:
-            state = _unflatten(read_json(folder / "state.json"), read_tensors(folder / "state.safetensors"))
-            for rank in count(1):
-                if not (part := folder / f"{_part(rank)}.json").exists():
-                    break
-                more = _unflatten(read_json(part), read_tensors(part.with_suffix(".safetensors")))
-                state[PARTED] = _merged(state[PARTED], more[PARTED])
-            state = _joined(state)
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise CorruptFolder(folder, f"its state cannot be put together ({error})") from error
-        if not isinstance(state, dict):
-            raise CorruptFolder(folder, "its state is no table")
+        manifest = verify_listing(folder, KIND)
+        step, meta = _described(folder, manifest)
+        with ThreadPoolExecutor(1) as beside:
+            # Both read every byte, and what one has fetched from the disk the other finds in memory.
+            digests = beside.submit(verify_digests, folder, manifest)
+            try:
+                state = _put_together(folder)
+            except Exception:
+                digests.result()  # damage explains more than what it led to
+                raise
+            digests.result()
         if folder.resolve() == self.path(step).resolve():
             self._current = step
             self._whole[step] = True
@@ -224,7 +225,7 @@ class Checkpointer:
     def _is_whole(self, step: int) -> bool:
         if step not in self._whole:
             try:
-                _verify_step(self.path(step))
+                _described(self.path(step), verify(self.path(step), KIND))
             except CorruptFolder as error:
                 logger.warning("damaged checkpoint %s is kept but not counted: %s", error.path, error.reason)
                 self._whole[step] = False
@@ -252,8 +253,26 @@ def _part(rank: int) -> str:
     return f"state-{rank}" if rank else "state"
 
 
-def _verify_step(folder: Path) -> tuple[int, dict[str, Any]]:
-    meta = verify(folder, KIND)["meta"]
+def _put_together(folder: Path) -> dict[str, Any]:
+    """The state that the files of one checkpoint hold, the parts of several processes merged."""
+    try:
+        state = _unflatten(read_json(folder / "state.json"), read_tensors(folder / "state.safetensors"))
+        for rank in count(1):
+            if not (part := folder / f"{_part(rank)}.json").exists():
+                break
+            more = _unflatten(read_json(part), read_tensors(part.with_suffix(".safetensors")))
+            state[PARTED] = _merged(state[PARTED], more[PARTED])
+        state = _joined(state)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CorruptFolder(folder, f"its state cannot be put together ({error})") from error
+    if not isinstance(state, dict):
+        raise CorruptFolder(folder, "its state is no table")
+    return state
+
+
+def _described(folder: Path, manifest: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+    """The step and the facts of the run that a checkpoint's manifest gives."""
+    meta = manifest["meta"]
     if type(meta.get("step")) is not int or not isinstance(meta.get("run"), dict):
         raise CorruptFolder(folder, "its manifest does not describe a checkpoint")
     if re.fullmatch(r"step-\d{8,}", folder.name) and folder.name != f"step-{meta['step']:08d}":

@@ -17,6 +17,7 @@ import shutil
 import stat
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -261,12 +262,14 @@ def committed_folder(
     try:
         yield temp
         files = {}
-        for path in sorted(temp.iterdir()):
-            assert is_name(path.name), path.name
-            assert path.is_file(), path
-            assert path.name != MANIFEST, path
-            fsync(path)
-            files[path.name] = {"bytes": path.stat().st_size, "xxh3_128": digest(path)}
+        with ThreadPoolExecutor(1) as beside:
+            for path in sorted(temp.iterdir()):
+                assert is_name(path.name), path.name
+                assert path.is_file(), path
+                assert path.name != MANIFEST, path
+                read = beside.submit(digest, path)  # from memory, while this thread waits for the disk
+                fsync(path)
+                files[path.name] = {"bytes": path.stat().st_size, "xxh3_128": read.result()}
         write_bytes(
             temp / MANIFEST, _seal({"format": FORMAT, "kind": kind, "files": files, "meta": dict(meta)})
         )
@@ -299,6 +302,24 @@ def verify(folder: Path, kind: str | None = None) -> dict[str, Any]:
         CorruptFolder: anything is missing, extra, truncated, changed, a link, of another kind, or larger
             than this machine's memory (what is committed is read whole).
     """
+    manifest = verify_listing(folder, kind)
+    verify_digests(folder, manifest)
+    return manifest
+
+
+def verify_digests(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Check the content of a folder's files against the manifest that `verify_listing` has returned.
+
+    Raises:
+        CorruptFolder: a file has changed since it was written.
+    """
+    for name, expected in manifest["files"].items():
+        if digest(folder / name) != expected["xxh3_128"]:
+            raise CorruptFolder(folder, f"{name!r} has changed since it was written (digest)")
+
+
+def verify_listing(folder: Path, kind: str | None = None) -> dict[str, Any]:
+    """`verify` without what takes time: the manifest itself, and the names, kinds and sizes of the files."""
     if folder.is_symlink() or not folder.is_dir():
         raise CorruptFolder(folder, "not a folder")
     with os.scandir(folder) as listing:
@@ -326,8 +347,6 @@ def verify(folder: Path, kind: str | None = None) -> dict[str, Any]:
             )
         if size_bytes > MEMORY_BYTES:  # before its digest, which would take hours
             raise CorruptFolder(folder, f"{name!r} has {size_bytes} bytes, more than this machine's memory")
-        if digest(folder / name) != expected["xxh3_128"]:
-            raise CorruptFolder(folder, f"{name!r} has changed since it was written (digest)")
     return manifest
 
 

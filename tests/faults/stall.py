@@ -3,21 +3,26 @@
     python tests/faults/stall.py [LATENTS WIDTH]
 
 A run on synthetic rows, one thread, a checkpoint every 20 steps; what is timed is the project's own calls.
+Digests are judged by doing without: saves and loads with and without them take turns.
 """
 
 import itertools
 import json
+import os
+import shutil
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+from sae_train import checkpoint, files
 from sae_train.checkpoint import Checkpointer
 from sae_train.cli.main import main
-from sae_train.files import verify
 from sae_train.shards.source import ShardSource
 from sae_train.train.saver import Saver
 
@@ -36,6 +41,26 @@ def timed(owner: Any, name: str, seconds: list[float]) -> None:
             seconds.append(time.perf_counter() - began)
 
     setattr(owner, name, call)
+
+
+def slower(work: Callable[[], Any], name: str, answer: Any = None) -> float:
+    """By what share `work` is slower than with a function of files.py that answers at once; 41 turns each."""
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    owner = files if name == "digest" else checkpoint
+    for turn in range(82):
+        whole = turn % 2 == 0
+        with nullcontext() if whole else patch.object(owner, name, lambda *_: answer):
+            began = time.perf_counter()
+            work()
+            seconds[whole].append(time.perf_counter() - began)
+    return statistics.median(seconds[True]) / statistics.median(seconds[False]) - 1
+
+
+def forget(path: Path) -> None:
+    """Have the system drop a file from its memory, so that reading it is reading the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def measure(latents: int, width: int) -> dict[str, float]:
@@ -59,16 +84,28 @@ def measure(latents: int, width: int) -> dict[str, float]:
         checkpoints = Path(folder, "run", "checkpoints")
         last = checkpoints / f"step-{STEPS:08d}"
         size_bytes = sum(path.stat().st_size for path in last.iterdir())
-        loads, verified = list[float](), list[float]()
-        for _ in range(9):
-            began = time.perf_counter()
-            verify(last, "checkpoint")
-            verified.append(time.perf_counter() - began)
-            began = time.perf_counter()
+        found = Checkpointer(checkpoints).load(last)
+        assert found is not None
+        number = itertools.count()
+
+        def save_again() -> None:
+            copy = Path(folder, f"copy-{next(number)}")
+            copy.mkdir()
+            Checkpointer(copy).save(STEPS, found[1], found[2])
+            shutil.rmtree(copy)
+
+        def load_cold() -> None:
+            for path in last.iterdir():
+                forget(path)
             Checkpointer(checkpoints).load(last)
-            loads.append(time.perf_counter() - began)
+
+        shares = {
+            "digests_slow_a_save_by": slower(save_again, "digest", "0" * 32),
+            "digests_slow_a_load_by": slower(lambda: Checkpointer(checkpoints).load(last), "verify_digests"),
+            "digests_slow_a_load_from_disk_by": slower(load_cold, "verify_digests"),
+        }
     step = statistics.median(b - a for a, b in itertools.pairwise(arrived))
-    stall, save, digests = map(statistics.median, (stood, wrote, verified))
+    stall, save = map(statistics.median, (stood, wrote))
     return {
         "checkpoint_mb": size_bytes / 1e6,
         "step_ms": 1e3 * step,
@@ -76,9 +113,7 @@ def measure(latents: int, width: int) -> dict[str, float]:
         "stall_steps": stall / step,
         f"stall_share_at_every_{DEFAULT_EVERY}": stall / (stall + DEFAULT_EVERY * step),
         "written_in_the_loop_ms": 1e3 * save,
-        "digests_share_of_save": digests / save,
-        "digests_share_of_load": digests / statistics.median(loads),
-    }
+    } | shares
 
 
 if __name__ == "__main__":

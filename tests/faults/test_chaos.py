@@ -66,7 +66,11 @@ def test_a_run_killed_hundreds_of_times_ends_like_one_that_was_not(zygote, tiny,
     while True:
         process = zygote.start(*args, f"run.dir={run}", rows=tmp_path / f"{kills}.rows")
         if kills < KILLS:
-            end = time.monotonic() + draw.uniform(0.0, 4.0)
+            known = trained(run)
+            # Every other one anywhere, start-up included; the rest once they train, however slow that is.
+            while kills % 2 and trained(run) <= known and process.poll() is None:
+                time.sleep(0.02)
+            end = time.monotonic() + draw.uniform(0.0, 3.0)
             while time.monotonic() < end and process.poll() is None:
                 time.sleep(0.005)
             process.send(signal.SIGKILL)
@@ -81,7 +85,7 @@ def test_a_run_killed_hundreds_of_times_ends_like_one_that_was_not(zygote, tiny,
         assert saved[-1] >= saved[-2], "a checkpoint was lost"
         record(kills=kills, kills_newest_step=saved[-1], kills_resumed=resumed)
     assert differences(final_state(tmp_path / "whole"), final_state(run)) == []
-    assert resumed >= kills / 2, "most legs were killed before they had resumed"
+    assert resumed >= kills / 2 - 1, "most legs were killed before they had resumed"
     whole = read_rows(tmp_path / "whole.rows")
     last = read_rows(tmp_path / f"{kills}.rows")
     assert whole[len(whole) - len(last) :] == last
@@ -91,12 +95,12 @@ def test_a_run_killed_hundreds_of_times_ends_like_one_that_was_not(zygote, tiny,
 def test_a_soak_under_faults_does_most_of_the_work_and_ends_with_the_same_bits(zygote, tiny, tmp_path):
     seconds = 60 * MINUTES
     per_second = rate(zygote, tiny, tmp_path)
-    steps, every = int(per_second * seconds * 0.5), max(1, int(per_second * SAVE_S))
+    steps, every = int(per_second * seconds * 0.5) // 20 * 20, max(1, int(per_second * SAVE_S))
     args = ["train", *tiny, *CALM, f"train.tokens={32 * steps}", "corpus.epochs=99999"]
     args.append(f"checkpoint.every={every}")
     began = time.monotonic()
     calm = zygote.start(*args, f"run.dir={tmp_path / 'whole'}")
-    memory = watch(calm, tmp_path / "whole")
+    memory = watch(calm, tmp_path / "whole", steps)
     clean_s = time.monotonic() - began
     record(soak_steps=steps, soak_save_every=every, soak_clean_seconds=round(clean_s, 1), **memory)
     assert memory["fds"][1] - memory["fds"][0] <= MOST_MORE_FILES, memory
@@ -169,8 +173,11 @@ def harm(fault: str, process: Process, draw: random.Random) -> None:
             resource.prlimit(process.pid, resource.RLIMIT_FSIZE, before)
 
 
-def watch(process: Process, run: Path) -> dict[str, Any]:
-    """Resident size, open files and threads of a run over its last three quarters."""
+def watch(process: Process, run: Path, steps: int) -> dict[str, Any]:
+    """Resident size, open files and threads of a run while it trains, over the last three quarters of that.
+
+    Not of its report: matplotlib keeps the files of the eight fonts that it draws with open, once.
+    """
     seen: list[tuple[int, int, int, int]] = []
     target = psutil.Process(process.pid)
     while process.poll() is None:
@@ -179,7 +186,8 @@ def watch(process: Process, run: Path) -> dict[str, Any]:
                 size, fds, threads = target.memory_info().rss, target.num_fds(), target.num_threads()
         except psutil.NoSuchProcess:
             break
-        seen.append((trained(run) * 32, size, fds, threads))
+        if (step := trained(run)) < steps:
+            seen.append((step * 32, size, fds, threads))
         time.sleep(1)
     assert process.wait() == 0, process.text()
     late = np.array(seen[len(seen) // 4 : -2], dtype=np.float64)
