@@ -16,10 +16,8 @@ import os
 import re
 import uuid
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -33,7 +31,7 @@ from sae_train.files import (
     FutureFormat,
     committed_folder,
     read_json,
-    read_tensors,
+    read_verified_tensors,
     remove_folder,
     remove_leftovers,
     verify,
@@ -208,15 +206,7 @@ class Checkpointer:
     def _read(self, folder: Path) -> tuple[int, dict[str, Any], dict[str, Any]]:
         manifest = verify_listing(folder, KIND)
         step, meta = _described(folder, manifest)
-        with ThreadPoolExecutor(1) as beside:
-            # Both read every byte, and what one has fetched from the disk the other finds in memory.
-            digests = beside.submit(verify_digests, folder, manifest)
-            try:
-                state = _put_together(folder)
-            except Exception:
-                digests.result()  # damage explains more than what it led to
-                raise
-            digests.result()
+        state = _put_together(folder, manifest)
         if folder.resolve() == self.path(step).resolve():
             self._current = step
             self._whole[step] = True
@@ -253,21 +243,24 @@ def _part(rank: int) -> str:
     return f"state-{rank}" if rank else "state"
 
 
-def _put_together(folder: Path) -> dict[str, Any]:
-    """The state that the files of one checkpoint hold, the parts of several processes merged."""
+def _put_together(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The state that the files of one checkpoint hold: every byte verified, parts of processes merged."""
+    held = manifest["files"]
+    names = {part: f"{part}.safetensors" for part in map(_part, range(len(held)))}
+    tensors = {
+        part: read_verified_tensors(folder, name, manifest) for part, name in names.items() if name in held
+    }
+    verify_digests(folder, manifest, without={names[part] for part in tensors})
     try:
-        state = _unflatten(read_json(folder / "state.json"), read_tensors(folder / "state.safetensors"))
-        for rank in count(1):
-            if not (part := folder / f"{_part(rank)}.json").exists():
-                break
-            more = _unflatten(read_json(part), read_tensors(part.with_suffix(".safetensors")))
-            state[PARTED] = _merged(state[PARTED], more[PARTED])
-        state = _joined(state)
+        whole, *more = (_unflatten(read_json(folder / f"{part}.json"), own) for part, own in tensors.items())
+        for state in more:
+            whole[PARTED] = _merged(whole[PARTED], state[PARTED])
+        whole = _joined(whole)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise CorruptFolder(folder, f"its state cannot be put together ({error})") from error
-    if not isinstance(state, dict):
+    if not isinstance(whole, dict):
         raise CorruptFolder(folder, "its state is no table")
-    return state
+    return whole
 
 
 def _described(folder: Path, manifest: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:

@@ -16,8 +16,7 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -262,14 +261,12 @@ def committed_folder(
     try:
         yield temp
         files = {}
-        with ThreadPoolExecutor(1) as beside:
-            for path in sorted(temp.iterdir()):
-                assert is_name(path.name), path.name
-                assert path.is_file(), path
-                assert path.name != MANIFEST, path
-                read = beside.submit(digest, path)  # from memory, while this thread waits for the disk
-                fsync(path)
-                files[path.name] = {"bytes": path.stat().st_size, "xxh3_128": read.result()}
+        for path in sorted(temp.iterdir()):
+            assert is_name(path.name), path.name
+            assert path.is_file(), path
+            assert path.name != MANIFEST, path
+            fsync(path)
+            files[path.name] = {"bytes": path.stat().st_size, "xxh3_128": digest(path)}
         write_bytes(
             temp / MANIFEST, _seal({"format": FORMAT, "kind": kind, "files": files, "meta": dict(meta)})
         )
@@ -307,15 +304,54 @@ def verify(folder: Path, kind: str | None = None) -> dict[str, Any]:
     return manifest
 
 
-def verify_digests(folder: Path, manifest: Mapping[str, Any]) -> None:
+def verify_digests(folder: Path, manifest: Mapping[str, Any], without: Collection[str] = ()) -> None:
     """Check the content of a folder's files against the manifest that `verify_listing` has returned.
 
     Raises:
         CorruptFolder: a file has changed since it was written.
     """
-    for name, expected in manifest["files"].items():
-        if digest(folder / name) != expected["xxh3_128"]:
-            raise CorruptFolder(folder, f"{name!r} has changed since it was written (digest)")
+    for name in manifest["files"].keys() - without:
+        _same(folder, name, manifest, digest(folder / name))
+
+
+def read_verified_tensors(folder: Path, name: str, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
+    """`read_tensors` of a committed folder's file, whose digest is taken of what has arrived in memory.
+
+    So a file is read once, which counts where it lies on a slow disk, and what is checked is what is used.
+
+    Raises:
+        CorruptFolder: the file has changed since it was written.
+        CorruptFile: it has not, and never was a safetensors file.
+    """
+    path = folder / name
+    try:
+        tensors = read_tensors(path)
+        found = _digest_read(path, tensors)
+    except CorruptFile:
+        _same(folder, name, manifest, digest(path))
+        raise
+    _same(folder, name, manifest, found)
+    return tensors
+
+
+def _digest_read(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """`digest` of a safetensors file that has been read: its header, then each tensor in the file's order."""
+    found = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        start = file.read(8)
+        text = file.read(int.from_bytes(start, "little"))
+    found.update(start)
+    found.update(text)
+    header = json.loads(text)
+    header.pop("__metadata__", None)
+    for name in sorted(header, key=lambda name: header[name]["data_offsets"]):
+        found.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _same(folder: Path, name: str, manifest: Mapping[str, Any], found: str) -> None:
+    if found != manifest["files"][name]["xxh3_128"]:
+        raise CorruptFolder(folder, f"{name!r} has changed since it was written (digest)")
 
 
 def verify_listing(folder: Path, kind: str | None = None) -> dict[str, Any]:
