@@ -13,8 +13,11 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch
@@ -24,8 +27,13 @@ from torch import Tensor
 from sae_train.errors import InputError
 from sae_train.files import MAX_HEADER_BYTES, CorruptFile, check_header
 
-BLOCK_ELEMENTS = 1 << 24
-"""Of a block: 64 MiB of float32."""
+T = TypeVar("T")
+
+BLOCK_ELEMENTS = 1 << 22
+"""Of a block: 16 MiB of float32, which malloc keeps for the next block. What is larger than 32 MiB comes from
+the system each time, and touching that first costs more than reading the file does."""
+THREADS = min(4, os.cpu_count() or 1)
+"""That each read, convert and write a block: turning one round takes longer than its way to the disk."""
 CODES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in CODES.items()}
 
@@ -59,6 +67,16 @@ class Matrix:
         for first in range(0, self.shape[0], step):
             yield first, self._read(first, min(first + step, self.shape[0])).to(dtype)
 
+    def each(self, work: Callable[[int, Tensor], T], dtype: torch.dtype = torch.float32) -> list[T]:
+        """`work(first latent, block)` of all blocks, in their order; several are worked on at once."""
+        step = max(1, BLOCK_ELEMENTS // self.shape[1])
+
+        def one(first: int) -> T:
+            return work(first, self._read(first, min(first + step, self.shape[0])).to(dtype))
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            return list(pool.map(one, range(0, self.shape[0], step)))
+
     def scaled(self, factor: Tensor) -> "Matrix":
         """Row f times factor[f]; the factors [F] must be float32."""
         return Matrix(lambda a, b: self.rows(a, b) * factor[a:b, None], self.shape)
@@ -70,11 +88,11 @@ class Matrix:
 
     def times(self, vector: Tensor) -> Tensor:
         """[F] products with a vector [D], in float64."""
-        return torch.cat([block.double() @ vector.double() for _, block in self.blocks()])
+        return torch.cat(self.each(lambda _, block: block.double() @ vector.double()))
 
     def norms(self) -> Tensor:
         """[F] norms of the rows."""
-        return torch.cat([block.norm(dim=-1) for _, block in self.blocks()])
+        return torch.cat(self.each(lambda _, block: block.norm(dim=-1)))
 
     def whole(self) -> Tensor:
         """[F, D] float32, all in memory.
@@ -163,31 +181,31 @@ class TensorFile:
         else:
 
             def read(a: int, b: int) -> Tensor:
+                stored = torch.empty(first, b - a, dtype=CODES[self._dtypes[name]])
                 with open(self.path, "rb") as file:
-                    pieces = [
-                        self._read(name, start + i * second + a, start + i * second + b, file.fileno())
-                        for i in range(first)
-                    ]
-                return self._finite(name, torch.stack(pieces, dim=1))
+                    for i in range(first):
+                        self._read_into(stored[i], name, start + i * second + a, file.fileno())
+                return self._finite(name, stored).T
 
         shape = (second, first) if transposed else (first, second)
         return Matrix(read, shape, CODES[self._dtypes[name]])
 
-    def _read(self, name: str, first: int, last: int, handle: int | None = None) -> Tensor:
+    def _read(self, name: str, first: int, last: int) -> Tensor:
         """Elements first to last of a tensor, as stored."""
-        if handle is None:
-            with open(self.path, "rb") as file:
-                return self._read(name, first, last, file.fileno())
-        dtype = CODES[self._dtypes[name]]
-        out = torch.empty(last - first, dtype=dtype)
+        out = torch.empty(last - first, dtype=CODES[self._dtypes[name]])
+        with open(self.path, "rb") as file:
+            self._read_into(out, name, first, file.fileno())
+        return out
+
+    def _read_into(self, out: Tensor, name: str, first: int, handle: int) -> None:
+        """As many elements of a tensor as `out` has, from `first` on, as stored."""
         buffer = out.view(torch.uint8).numpy().data
-        done, at = 0, self._at[name] + first * dtype.itemsize
+        done, at = 0, self._at[name] + first * out.dtype.itemsize
         while done < len(buffer):
             count = os.preadv(handle, [buffer[done:]], at + done)
             if count == 0:
                 raise InputError("path", str(self.path), "a file that does not shrink while it is read")
             done += count
-        return out
 
     def _finite(self, name: str, tensor: Tensor) -> Tensor:
         if tensor.dtype == torch.float64:  # what does not fit in float32 is an infinity there
@@ -229,16 +247,19 @@ def write_file(path: Path, tensors: Mapping[str, Tensor | Stored], dtype: torch.
             if isinstance(tensor, Tensor):
                 _put(file.fileno(), _bytes(tensor, dtype), at)
                 continue
-            f, d = tensor.matrix.shape
-            for first, block in tensor.matrix.blocks(dtype=dtype):
-                if not tensor.transposed:
-                    _put(file.fileno(), _bytes(block, dtype), at + first * d * dtype.itemsize)
-                    continue
-                piece = len(block) * dtype.itemsize
-                columns = _bytes(block.T, dtype)
-                for i in range(d):
-                    part = columns[i * piece : (i + 1) * piece]
-                    _put(file.fileno(), part, at + (i * f + first) * dtype.itemsize)
+            tensor.matrix.each(partial(_put_block, file.fileno(), at, tensor), dtype)
+
+
+def _put_block(handle: int, at: int, stored: Stored, first: int, block: Tensor) -> None:
+    """Write some latents where they belong in a tensor that begins at byte `at`."""
+    (f, d), size_bytes = stored.matrix.shape, block.dtype.itemsize
+    if not stored.transposed:
+        _put(handle, _bytes(block, block.dtype), at + first * d * size_bytes)
+        return
+    piece = len(block) * size_bytes
+    columns = _bytes(block.T, block.dtype)
+    for i in range(d):
+        _put(handle, columns[i * piece : (i + 1) * piece], at + (i * f + first) * size_bytes)
 
 
 def _put(handle: int, data: memoryview, at: int) -> None:
