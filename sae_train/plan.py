@@ -172,7 +172,7 @@ def _memory(job: Job, members: Iterable[MemberShape]) -> tuple[dict[str, dict[st
     small = not job.gpu and max(_one(m, job) for m in own) < MALLOC_KEEPS
     freed = snapshot + forward if small else 0
     here = 0 if job.gpu else 1  # a checkpoint's copy is in RAM
-    model = job.model.weights_bytes if job.model else 0
+    model = job.model.weights_bytes // job.spread if job.model else 0
     state = averages + counters
     parts = {  # start, training, judging, report
         "Python, torch and libraries": (base, base, base, base + drawn),

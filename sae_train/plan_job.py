@@ -113,6 +113,8 @@ class Job:
     low: bool = False
     """Matrix products in bfloat16."""
     cores: int = 1
+    spread: int = 1
+    """Devices that the language model's weights are laid over, by `model.device_map`."""
 
     @property
     def gpu(self) -> bool:

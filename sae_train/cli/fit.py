@@ -49,16 +49,16 @@ def refuse_unfit(
     room = device_bytes(device, processes)
     if room is None:
         return
-    model = None
+    model, spread = None, spread_over(config)
     if config.source.name == "stream":
         model = most(config)
         if model is not None:
-            job = job_of(config, wanted, dims, model, here(device), room, processes)
+            job = job_of(config, wanted, dims, model, here(device), room, processes, spread)
             if make(job).verdict(room) != "does not fit":
                 return  # as nearly always; building the model without memory would take a moment
         low = native_bfloat16(device)
         model = model_shape(config, {hook for m in wanted for hook in m.places.hooks}, low)[0]
-    job = job_of(config, wanted, dims, model, here(device), room, processes)
+    job = job_of(config, wanted, dims, model, here(device), room, processes, spread)
     plan = make(job)
     if plan.verdict(room) == "does not fit":
         raise InputError(
@@ -74,6 +74,11 @@ def helps(job: Job, plan: Plan) -> str:
     text = f"the largest part is {plan.largest.replace(',', ':')} with {largest:.1f} GiB"
     better = [f"{key} ({peak / GIB:.1f} GiB)" for key, peak in alternatives(job)]
     return text + (f"; less is needed with {', or '.join(better[:4])}" if better else "")
+
+
+def spread_over(config: Config) -> int:
+    """Devices of this machine that the language model is laid over."""
+    return 1 if config.model.device_map is None else max(1, torch.cuda.device_count())
 
 
 def here(device: torch.device) -> Hardware:
@@ -106,6 +111,7 @@ def job_of(
     hardware: Hardware,
     room: int | None,
     processes: int,
+    spread: int = 1,
 ) -> Job:
     """The job that a configuration is, of SAEs on hooks of these widths."""
     only = next(iter(dims.values()))  # what `auto` means
@@ -137,6 +143,7 @@ def job_of(
         feature=config.mesh.feature,
         low=low if autocast == "auto" else autocast == "bfloat16",
         cores=config.run.threads or torch.get_num_threads(),
+        spread=spread,
     )
 
 

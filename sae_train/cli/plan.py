@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sae_train.cli.compose import run_composed
-from sae_train.cli.fit import device_bytes, helps, here, job_of, rows_of
+from sae_train.cli.fit import device_bytes, helps, here, job_of, rows_of, spread_over
 from sae_train.cli.train import check, hooks_of
 from sae_train.config import Config, to_config
 from sae_train.devices import native_bfloat16, pick_device
@@ -39,6 +39,8 @@ class PlanOptions:
     """cpu, a100, h100, h200 or mi300x, to plan for another machine. Unset: this one's."""
     device_gib: float | None = None
     """Memory of a device. Unset: what the device has; on a CPU a share of the machine or container."""
+    devices: int | None = None
+    """Devices that model.device_map lays the language model over. Unset: those of this machine."""
     format: str = "table"
     """table, or json for programs."""
 
@@ -46,6 +48,8 @@ class PlanOptions:
         """Raises InputError for a value that cannot be."""
         if self.processes is not None and self.processes < 1:
             raise InputError("processes", self.processes, "a number of processes, at least 1")
+        if self.devices is not None and self.devices < 1:
+            raise InputError("devices", self.devices, "a number of devices, at least 1")
         if self.device is not None and self.device not in HARDWARE:
             raise InputError("device", self.device, ", ".join(HARDWARE))
         if self.device_gib is not None and not 0 < self.device_gib < float("inf"):
@@ -70,7 +74,7 @@ def options(args: list[str]) -> PlanOptions:
             told: Any = OmegaConf.merge(OmegaConf.structured(found), OmegaConf.from_dotlist([arg]))
             typed = OmegaConf.to_object(told)
         except OmegaConfBaseException:
-            kind = "a whole number" if key == "processes" else "a number"
+            kind = "a whole number" if key in ("processes", "devices") else "a number"
             raise InputError(key, value, kind) from None
         assert isinstance(typed, PlanOptions)
         found = typed
@@ -108,7 +112,10 @@ def planned(config: Config, composed: DictConfig, asked: PlanOptions) -> Job:
         room = hardware.memory or None
     low = hardware.name != "cpu" or native_bfloat16(torch.device("cpu"))
     model, dims = rows_of(config, hooks_of(wanted), low)
-    return job_of(config, wanted, dims, model, hardware, room, processes)
+    if asked.devices is not None and config.model.device_map is None:
+        raise InputError("devices", asked.devices, "model.device_map with it: else a model is on one device")
+    spread = asked.devices or spread_over(config)
+    return job_of(config, wanted, dims, model, hardware, room, processes, spread)
 
 
 def as_json(job: Job, plan: Plan) -> str:

@@ -1,6 +1,7 @@
 """sae-train train: compose, check, wire, train, evaluate, publish into the run folder, report."""
 
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping
@@ -346,6 +347,13 @@ def check(config: Config) -> None:
         )
     if (divides or config.mesh.harvest) and config.train.loss != "rows":
         raise InputError("train.loss", config.train.loss, "rows with mesh.data, mesh.feature or mesh.harvest")
+    if config.model.device_map is not None:
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        if beside > 1:
+            wanted = f"null, or one process on each machine; there are {beside} here, each would take all"
+            raise InputError("model.device_map", config.model.device_map, wanted)
+        if config.train.loss != "rows":
+            raise InputError("train.loss", config.train.loss, "rows with model.device_map")
     build_metrics(config.eval.metrics, 1, 1)
     if config.train.loss != "rows":
         length, count = (

@@ -45,7 +45,7 @@ class Harvester:
     """Runs a model, or two on the same tokens, up to their hooks.
 
     Args:
-        model: in evaluation mode, on its device.
+        model: in evaluation mode, on its device or devices (`model.device_map`).
         sites: the hooks, each key once.
         micro_batch: windows per forward; None chooses, for windows of `context_length` tokens.
         other: the second model, which sites with `other` are in, on the same device.
@@ -93,7 +93,7 @@ class Harvester:
             out: key -> [B, T, D] tensors to write into; None makes them, in the dtype of the hook.
 
         Returns:
-            key -> [B, T, D] on the model's device.
+            key -> [B, T, D] on the model's device, the first if there are several.
 
         Raises:
             InputError: the device ran out of memory (`model.micro_batch`), or a hook is not [B, T, D].
@@ -140,7 +140,7 @@ class Harvester:
                 raise _misshapen(site, x)
             if site.key not in rows:
                 shape = (num_windows, *x.shape[1:])
-                rows[site.key] = torch.empty(shape, dtype=x.dtype, device=x.device)
+                rows[site.key] = torch.empty(shape, dtype=x.dtype, device=self.device)
             rows[site.key][part].copy_(x)
             waiting.discard(site.key)
             if not waiting:

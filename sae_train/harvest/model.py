@@ -10,6 +10,7 @@ those it did not find.
 import json
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ LOG = logging.getLogger("sae_train.harvest")
 
 MAX_LAYERS = 4096
 """Each is built without memory before weights are read, in about a millisecond; 200 is deep."""
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""That accelerate makes out of the sizes of layers and the memory of devices."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -52,6 +55,9 @@ class ModelConfig:
     """auto, float32, bfloat16 or float16. auto = bfloat16 where the hardware computes in it, else float32."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N. auto = cuda if there is one."""
+    device_map: str | None = None
+    """For a model too big for one device: balanced, balanced_low_0 (little on the first, where the SAEs are),
+    auto or sequential lay its layers over all devices of the machine, one process for all of them."""
     attn_implementation: str | None = None
     """sdpa, eager, flash_attention_2 ...; null = the choice of transformers. Recorded: it changes bits."""
     micro_batch: int | None = None
@@ -66,6 +72,8 @@ class ModelConfig:
             self.other = str(Path(self.other).expanduser())
         if self.other_revision is not None and self.other is None:
             raise InputError("model.other_revision", self.other_revision, "null, or model.other with it")
+        if self.device_map not in (None, *DEVICE_MAPS):
+            raise InputError("model.device_map", self.device_map, f"one of {', '.join(DEVICE_MAPS)}, or null")
         if self.dtype not in ("auto", *DTYPES):
             raise InputError("model.dtype", self.dtype, f"one of auto, {', '.join(DTYPES)}")
         if self.micro_batch is not None and self.micro_batch < 1:
@@ -148,12 +156,17 @@ def load_model(config: ModelConfig, tokenizer: Any = None) -> tuple[nn.Module, M
             config.name,
             dtype=dtype,
             attn_implementation=config.attn_implementation,
+            device_map=config.device_map,
             use_safetensors=True,  # else a file of pickled weights is taken where there is no other
             output_loading_info=True,
             **where,
         )
         _check_complete(config.name, report)
-        model = model.to(device)
+        if config.device_map is None:
+            model = model.to(device)
+        else:
+            # Without that attribute transformers has found one device to be enough.
+            check_placed(config.device_map, getattr(model, "hf_device_map", {"": model.device}), device)
     if config.gguf_file is not None:
         _forget_quantisation(model)
     model.eval().requires_grad_(False)
@@ -259,6 +272,20 @@ def _check_folder(config: ModelConfig) -> None:
     needed = config.gguf_file or "config.json"
     if not (path / needed).is_file():
         raise InputError("model.name", config.name, f"a folder with {needed} in it")
+
+
+def check_placed(device_map: str, placed: Mapping[str, Any], device: torch.device) -> None:
+    """Raises InputError if some of a model is to be fetched from memory or disk for every forward.
+
+    Args:
+        placed: module -> where it lies, as accelerate has decided.
+        device: of the SAEs.
+    """
+    kinds = {name: "cuda" if isinstance(w, int) else str(w).split(":")[0] for name, w in placed.items()}
+    elsewhere = [name for name, kind in kinds.items() if kind != device.type]
+    if elsewhere:
+        held = f"devices that hold all of the model; {len(elsewhere)} of its {len(placed)} parts do not fit"
+        raise InputError("model.device_map", device_map, f"{held}, from {elsewhere[0] or 'its first'} on")
 
 
 def _check_complete(name: str, report: dict[str, Any]) -> None:

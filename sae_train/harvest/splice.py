@@ -140,6 +140,7 @@ def splice_report(
     Raises:
         InputError: no model of those reconstructed is a causal LM, or no prediction can be counted.
     """
+    home = next(model.parameters()).device  # of the SAE; a model on several has its hooks elsewhere too
     models = {False: model} if other is None else {False: model, True: other}
     affected = list(dict.fromkeys(site.other for site in outputs))
     scored = [of for of in affected if is_causal_lm(models[of])]
@@ -168,7 +169,7 @@ def splice_report(
                 clean[of] = logits(one, tokens, valid, chosen, keep)
             elif keep:
                 _forward(one, tokens, valid, chosen, keep)
-        made = reconstruct(torch.cat([read[site] for site in inputs], dim=-1))
+        made = reconstruct(torch.cat([read[site].to(home) for site in inputs], dim=-1))
         rows = made.split([len(mean) for mean in means], dim=-1)
         ways["sae"] = {site: _constant(new) for site, new in zip(outputs, rows, strict=True)}
         for of in scored:

@@ -32,7 +32,15 @@ ALLOWED = (
     "corpus.timeout_s",
     "source.epochs",
 )
-WARNED = ("run.threads", "model.device", "model.attn_implementation", "kernels", "mesh.data", "mesh.feature")
+WARNED = (
+    "run.threads",
+    "model.device",
+    "model.device_map",
+    "model.attn_implementation",
+    "kernels",
+    "mesh.data",
+    "mesh.feature",
+)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -57,7 +57,7 @@ def trained(run: Path) -> int:
 
 
 def test_a_run_killed_hundreds_of_times_ends_like_one_that_was_not(zygote, tiny, tmp_path):
-    steps = 200 * KILLS  # a leg gets about so far
+    steps = 500 * KILLS  # more than legs get through, so that the last one has something to do
     args = ["train", *tiny, *CALM, f"train.tokens={32 * steps}", "corpus.epochs=9999", "checkpoint.every=25"]
     zygote.run(*args, f"run.dir={tmp_path / 'whole'}", rows=tmp_path / "whole.rows", timeout_s=36_000)
     draw, run, kills, resumed = random.Random(SEED), tmp_path / "run", 0, 0
@@ -85,6 +85,7 @@ def test_a_run_killed_hundreds_of_times_ends_like_one_that_was_not(zygote, tiny,
         assert saved[-1] >= saved[-2], "a checkpoint was lost"
         record(kills=kills, kills_newest_step=saved[-1], kills_resumed=resumed)
     assert differences(final_state(tmp_path / "whole"), final_state(run)) == []
+    assert kills == KILLS, "the run was done before it had been killed often enough"
     assert resumed >= kills / 2 - 1, "most legs were killed before they had resumed"
     whole = read_rows(tmp_path / "whole.rows")
     last = read_rows(tmp_path / f"{kills}.rows")
