@@ -31,7 +31,6 @@ from sae_train.files import (
     FutureFormat,
     committed_folder,
     read_json,
-    read_verified_tensors,
     remove_folder,
     remove_leftovers,
     verify,
@@ -41,6 +40,7 @@ from sae_train.files import (
     write_tensors,
 )
 from sae_train.ranks import ALONE, Ranks
+from sae_train.verified import read_verified_tensors
 
 logger = logging.getLogger(__name__)
 

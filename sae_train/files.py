@@ -311,45 +311,11 @@ def verify_digests(folder: Path, manifest: Mapping[str, Any], without: Collectio
         CorruptFolder: a file has changed since it was written.
     """
     for name in manifest["files"].keys() - without:
-        _same(folder, name, manifest, digest(folder / name))
+        check_digest(folder, name, manifest, digest(folder / name))
 
 
-def read_verified_tensors(folder: Path, name: str, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
-    """`read_tensors` of a committed folder's file, whose digest is taken of what has arrived in memory.
-
-    So a file is read once, which counts where it lies on a slow disk, and what is checked is what is used.
-
-    Raises:
-        CorruptFolder: the file has changed since it was written.
-        CorruptFile: it has not, and never was a safetensors file.
-    """
-    path = folder / name
-    try:
-        tensors = read_tensors(path)
-        found = _digest_read(path, tensors)
-    except CorruptFile:
-        _same(folder, name, manifest, digest(path))
-        raise
-    _same(folder, name, manifest, found)
-    return tensors
-
-
-def _digest_read(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """`digest` of a safetensors file that has been read: its header, then each tensor in the file's order."""
-    found = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        start = file.read(8)
-        text = file.read(int.from_bytes(start, "little"))
-    found.update(start)
-    found.update(text)
-    header = json.loads(text)
-    header.pop("__metadata__", None)
-    for name in sorted(header, key=lambda name: header[name]["data_offsets"]):
-        found.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
-
-
-def _same(folder: Path, name: str, manifest: Mapping[str, Any], found: str) -> None:
+def check_digest(folder: Path, name: str, manifest: Mapping[str, Any], found: str) -> None:
+    """Raises CorruptFolder if the digest of a folder's file is not the manifest's."""
     if found != manifest["files"][name]["xxh3_128"]:
         raise CorruptFolder(folder, f"{name!r} has changed since it was written (digest)")
 
@@ -377,10 +343,8 @@ def verify_listing(folder: Path, kind: str | None = None) -> dict[str, Any]:
         raise CorruptFolder(folder, f"{name!r} is not in the manifest")
     for name, expected in files.items():
         size_bytes = entries[name].stat(follow_symlinks=False).st_size
-        if size_bytes != expected["bytes"]:
-            raise CorruptFolder(
-                folder, f"{name!r} has {size_bytes} bytes, the manifest says {expected['bytes']}"
-            )
+        if size_bytes != (said := expected["bytes"]):
+            raise CorruptFolder(folder, f"{name!r} has {size_bytes} bytes, the manifest says {said}")
         if size_bytes > MEMORY_BYTES:  # before its digest, which would take hours
             raise CorruptFolder(folder, f"{name!r} has {size_bytes} bytes, more than this machine's memory")
     return manifest

@@ -21,7 +21,7 @@ LAYERS: list[list[tuple[set[str], set[str]]]] = [
     [
         (
             {"errors", "registry", "seeds", "devices", "codes", "batch", "places", "stop", "ranks", "split"}
-            | {"files", "redact", "sinks", "log", "ops", "meeting"},
+            | {"files", "verified", "redact", "sinks", "log", "ops", "meeting"},
             {"torch", "safetensors", "xxhash", "wandb"},
         )
     ],
@@ -39,7 +39,7 @@ LAYERS: list[list[tuple[set[str], set[str]]]] = [
     [({"stats"}, {"torch"}), ({"attach"}, {"torch"})],
     [({"metrics"}, {"torch"}), ({"checkpoint"}, {"torch", "safetensors"})],
     [
-        ({"train"}, {"torch", "numpy", "rich", "psutil", "schedulefree", "torchao"}),
+        ({"train"}, {"torch", "numpy", "rich", "psutil", "pynvml", "schedulefree", "torchao"}),
         ({"evaluate"}, {"torch"}),
     ],
     [({"report"}, {"numpy", "rich", "jinja2", "matplotlib", "yaml"})],
@@ -49,8 +49,9 @@ LAYERS: list[list[tuple[set[str], set[str]]]] = [
             {"torch", "numpy", "safetensors", "yaml", "psutil", "filelock", "huggingface_hub"},
         )
     ],
-    [({"load"}, {"torch"})],
+    [({"load"}, {"torch"}), ({"launch"}, {"torch", "psutil"})],
     [({"config", "member_set", "plan", "plan_job"}, {"hydra", "omegaconf"})],
+    [({"sweep"}, {"hydra", "omegaconf", "rich", "yaml", "jinja2", "filelock", "optuna"})],
     [
         (
             {"cli", "demo", "__main__"},
@@ -60,7 +61,7 @@ LAYERS: list[list[tuple[set[str], set[str]]]] = [
 ]
 TOP = "sae_train"  # its __init__ gathers names for users; nothing inside may import it
 HEAVY = {"transformers", "datasets", "huggingface_hub", "wandb", "matplotlib", "jinja2"}
-HEAVY |= {"schedulefree", "torchao"}
+HEAVY |= {"schedulefree", "torchao", "optuna"}
 """May be imported inside a function, so that `import sae_train` and `--help` stay fast."""
 HEAVY_MODULES = {"torch.utils.tensorboard"}
 MAX_LINES = 400
