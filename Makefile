@@ -1,13 +1,15 @@
 # make demo     train a sparse autoencoder on a real language model and report on it
 # make test     the default test suite
+# make test-cluster  the tests that submit to a real Slurm, which they start (root and Debian's packages)
 # make chaos    hundreds of kills and half an hour of faults, with a report (CHAOS_KILLS=..., CHAOS_MINUTES=...)
-# make lint     ruff and mypy
+# make lint     ruff, mypy and hadolint
 # make compile-gate  compile every Triton kernel for GPUs that are not here; fails on spills and the like
 # make test-gpu   the tests that need a GPU, at real sizes
 # make bench-gpu  check and time whole training steps on a GPU, beside dense torch and three other libraries
 # make bench-cpu  time a whole training step beside dense torch and three other libraries
 # make bench-quality  train our SAEs and three other libraries' on the same rows, and judge them alike
 # make test-interop  other libraries read what we export, and we read what they save
+# make image    build the container image on today's base, pinned by digest (docker with buildx)
 # make venv     only the installation that the others share
 # make clean    remove .venv, .venv-bench and what tools left behind (runs/ stays)
 #
@@ -41,6 +43,9 @@ PEER_dictionary_learning := dictionary-learning==0.1.0
 PEER_saelens := sae-lens==6.54.12
 # For test-interop alone; newer nnsights cannot be imported by it.
 PEER_circuit_tracer := circuit-tracer==0.5.0 nnsight==0.6.3
+# For test-interop: a wandb server, and what knows the schemas of Kubernetes, JobSet and SkyPilot.
+PEER_openwandb := openwandb==0.5.25
+PEER_cluster := kubernetes-validate==1.37.0 kubeflow-trainer-api==2.3.0 skypilot==0.14.1
 # For test-interop: these run in SAELens' environment, which has nearly all that they import; each lies in a folder
 # beside it, with the rest and without what it asks for, as no current torch and transformers satisfy that.
 JOINING := delphi llamascopium sae_bench sae_dashboard
@@ -64,7 +69,7 @@ PEER_PIP = $(BENCH)/$*/bin/python -m pip --disable-pip-version-check
 TORCHAO = $(PIP_INSTALL) --constraint constraints.txt --no-deps --upgrade --target $(VENV)/optional torchao
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test chaos lint compile-gate test-gpu bench-gpu bench-cpu bench-quality test-interop venv clean
+.PHONY: help demo test test-cluster chaos lint compile-gate test-gpu bench-gpu bench-cpu bench-quality test-interop image venv clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -77,6 +82,9 @@ test: $(READY)-test
 	  { echo '== Once more, one at a time: what failed beside the others'; \
 	    $(BIN)/pytest --last-failed --last-failed-no-failures none $(ARGS); }
 
+test-cluster: $(READY)-test
+	$(BIN)/pytest -m 'cluster and not slow' -rs tests/cluster $(ARGS)
+
 chaos: $(READY)-test
 	$(BIN)/pytest -m slow -s tests/faults/test_chaos.py $(ARGS)
 
@@ -84,6 +92,7 @@ lint: $(READY)-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
 
 compile-gate: $(READY)-gguf
 	$(BIN)/python kernels/bench/compile_gate.py $(ARGS)
@@ -100,9 +109,19 @@ bench-cpu: $(READY)-gguf $(PEERS:%=$(BENCH)/%/.installed-$(PEER_KEY))
 bench-quality: $(READY)-demo $(PEERS:%=$(BENCH)/%/.installed-$(PEER_KEY))
 	$(BIN)/python tests/quality/compare.py $(addprefix --peer-python ,$(PEER_PYTHONS)) $(ARGS)
 
-test-interop: $(READY)-test $(foreach p,$(PEERS) circuit_tracer,$(BENCH)/$(p)/.installed-$(PEER_KEY)) \
+test-interop: $(READY)-test \
+  $(foreach p,$(PEERS) circuit_tracer openwandb cluster,$(BENCH)/$(p)/.installed-$(PEER_KEY)) \
   $(JOINING:%=$(BENCH)/%/.joined-$(JOINING_KEY))
 	$(BIN)/pytest -m interop -rs tests/interop $(ARGS)
+
+# The tag moves on with security fixes; the digest that it has today goes into the build and the image's label.
+BASE := $(shell sed -n 's/^ARG BASE=//p' Dockerfile)
+IMAGE ?= sae-train
+image:
+	@digest=$$(docker buildx imagetools inspect --format '{{.Manifest.Digest}}' $(BASE)) && \
+	  echo "== Building $(IMAGE) on $(BASE)@$$digest" && \
+	  docker build --build-arg BASE=$(BASE)@$$digest --tag $(IMAGE) $(ARGS) \
+	    --label org.opencontainers.image.base.name=$(BASE) --label org.opencontainers.image.base.digest=$$digest .
 
 venv: $(READY)-gguf
 

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from sae_train.evaluate import EvalConfig
 from sae_train.harvest.corpus import CorpusConfig
 from sae_train.harvest.filters import FilterConfig
 from sae_train.harvest.model import ModelConfig
+from sae_train.launch.config import LaunchConfig
 from sae_train.log import LoggerConfig
 from sae_train.ranks import MeshConfig
 from sae_train.redact import refuse_secrets
@@ -89,6 +91,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
     saes: Any = None
     """Several SAEs on one harvest: name -> what differs from the run's hook, target, seed, sae, optim."""
     grid: Any = None
@@ -205,6 +208,14 @@ class PublishCommandConfig:
 
 def register() -> None:
     """Give Hydra a schema for every registry entry and every command."""
+    for package in ("activations", "sae", "metrics", "launch"):
+        discover(f"sae_train.{package}")
+    _store(tuple(SAES), tuple(ACTIVATIONS))
+
+
+@cache
+def _store(saes: tuple[str, ...], activations: tuple[str, ...]) -> None:
+    """Once for each set of names: it takes a tenth of a second, and a sweep composes hundreds of times."""
     store = ConfigStore.instance()
     store.store(name="train_schema", node=Config)
     store.store(name="harvest_schema", node=HarvestConfig)
@@ -212,12 +223,9 @@ def register() -> None:
     store.store(name="publish_schema", node=PublishCommandConfig)
     store.store(name="export_schema", node=ExportConfig)
     store.store(name="import_schema", node=ImportConfig)
-    discover("sae_train.activations")
-    discover("sae_train.sae")
-    discover("sae_train.metrics")
-    for name in SAES:
+    for name in saes:
         store.store(group="sae", name=f"{name}_schema", node=SAES.config(name))
-    for name in ACTIVATIONS:
+    for name in activations:
         store.store(group="sae/activation", name=f"{name}_schema", node=ACTIVATIONS.config(name))
 
 

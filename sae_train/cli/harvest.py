@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from sae_train import stop
 from sae_train.cli.compose import run_composed
 from sae_train.cli.folder import Ownership, owned
+from sae_train.cli.launch import goes_elsewhere, submit
 from sae_train.cli.signals import StopSignals
 from sae_train.cli.wire import HELDOUT, wire
 from sae_train.config import HarvestConfig, to_config
@@ -25,16 +26,21 @@ from sae_train.train.progress import Progress
 
 
 def run(args: list[str]) -> int:
-    return run_composed("harvest", args, harvest)
+    return run_composed("harvest", args, lambda composed: harvest(composed, ["harvest", *args]))
 
 
-def harvest(composed: DictConfig) -> int:
-    """Harvest into `out`; returns 0."""
+def harvest(composed: DictConfig, args: list[str]) -> int:
+    """Harvest into `out`, or have a cluster do it; returns 0."""
     config: HarvestConfig = to_config(composed)
     if config.source.name == "shards":
         raise InputError("source", "shards", "stream, tensors or synthetic: these rows are harvested already")
     hooks = list(dict.fromkeys(h for member in members(config, composed) for h in member.places.hooks))
     out = Path(config.out).expanduser()
+    if goes_elsewhere(config.launch):
+        if (size := config.launch.nodes * config.launch.tasks_per_node) > 1:
+            wanted = "1: a harvest is made by one process"
+            raise InputError("launch.nodes x launch.processes_per_node", size, wanted)
+        return submit(config.launch, args, "out", out)
     with StopSignals() as signals, owned("out", out) as ownership:
         return _harvest(config, hooks, out, signals, ownership)
 

@@ -1,4 +1,8 @@
-"""Signals: the first SIGTERM, SIGUSR1 or Ctrl-C asks the run to save and leave, the second ends it."""
+"""Signals: the first SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C asks the run to save and leave, the second ends it.
+
+SIGUSR1 and SIGUSR2 are a scheduler's warnings, which it may repeat; so is SIGTERM in a job of Slurm, which
+sends it twice to what it preempts, and SIGKILL to what is not to have more time.
+"""
 
 import ctypes
 import os
@@ -15,14 +19,15 @@ class StopSignals:
     model has no point at which to ask. From then on it is only noted, and the work stops where it can
     be continued.
 
-    After the first signal the kernel's own action is in place again for SIGTERM and SIGINT: the second one
+    After the first signal the kernel's own action is in place again for those that are final: the second one
     ends the process even where Python would not get to run a handler, in a long call of a library.
     """
 
-    NAMES = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    NAMES = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
     def __init__(self) -> None:
         self._deferred = False
+        self._final = {signal.SIGINT} if "SLURM_JOB_ID" in os.environ else {signal.SIGINT, signal.SIGTERM}
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -47,11 +52,11 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if stop.reason() is not None:
-            if number != signal.SIGUSR1:  # a scheduler may repeat its warning; it does not mean "now"
+            if number in self._final:
                 os.kill(os.getpid(), number)  # the second came before this handler was run for the first
             return
         stop.request(f"received {signal.Signals(number).name}")
-        for again in (signal.SIGTERM, signal.SIGINT):
+        for again in self._final:
             # Not by Python's signal(), which forgets one that has come and waits for its handler.
             ctypes.CDLL(None).signal(int(again), None)
         if not self._deferred:

@@ -18,7 +18,8 @@ from sae_train.checkpoint import Checkpointer
 from sae_train.cli.compose import run_composed
 from sae_train.cli.finish import finish, timed
 from sae_train.cli.fit import refuse_unfit
-from sae_train.cli.folder import Ownership, owned
+from sae_train.cli.folder import SEEN_WITHIN_S, Ownership, owned, wait_to_see
+from sae_train.cli.launch import goes_elsewhere, submit
 from sae_train.cli.signals import StopSignals
 from sae_train.cli.wire import Wired, wire
 from sae_train.config import Config, as_tree, run_folder, to_config
@@ -26,7 +27,7 @@ from sae_train.devices import native_bfloat16, pick_device
 from sae_train.errors import InputError
 from sae_train.evaluate import build_metrics, evaluate
 from sae_train.files import write_bytes
-from sae_train.log import METRICS_FILE, MetricLog, setup_logging
+from sae_train.log import METRICS_FILE, MetricLog, new_wandb_id, setup_logging
 from sae_train.member_set import members
 from sae_train.ranks import Ranks, joined
 from sae_train.sae.base import SAES
@@ -54,17 +55,20 @@ def run(args: list[str]) -> int:
 
 
 def train(composed: DictConfig, args: list[str]) -> int:
-    """Run (or continue) one training run; returns 0."""
+    """Run (or continue) one training run, or have a cluster do it; returns 0."""
     config: Config = to_config(composed)
     wanted = members(config, composed)
     check(config)
     folder = run_folder(config)
+    if goes_elsewhere(config.launch):
+        return submit(config.launch, args, "run.dir", folder)
     with StopSignals() as signals, joined(config.mesh) as ranks:
         check_alike(ranks, folder, as_tree(config))
         split = divided(ranks, config.mesh)
         with ExitStack() as held:
             owner = Owner(folder)
             ranks.lead_does(lambda: owner.hold(held))
+            owner.show(ranks, min(SEEN_WITHIN_S, config.mesh.timeout_s / 2))
             command = "sae-train " + shlex.join(args)
             return _run(config, wanted, folder, command, signals, owner.check, ranks, split)
 
@@ -78,6 +82,11 @@ class Owner:
 
     def hold(self, held: ExitStack) -> None:
         self.ownership = held.enter_context(owned("run.dir", self.folder))
+
+    def show(self, ranks: Ranks, within_s: float) -> None:
+        """Raises InputError, in all, if a process does not see the folder that the lead holds."""
+        token = ranks.gather(self.ownership and self.ownership.token)[0]
+        ranks.all_do(lambda: wait_to_see("run.dir", self.folder, token, within_s))
 
     def check(self) -> None:
         """As `Ownership.check`; processes that do not own the folder leave that to the one that does."""
@@ -186,6 +195,8 @@ def choose(config: Config, before: dict[str, Any], device: torch.device) -> dict
     """What is chosen automatically, once per run: an earlier leg's choices stand."""
     chosen = dict(before)
     chosen["threads"] = config.run.threads or chosen.get("threads") or torch.get_num_threads()
+    if config.logger.wandb and "wandb_id" not in chosen:
+        chosen["wandb_id"] = new_wandb_id()  # here, so that a leg without a checkpoint is the same run there
     if chosen.setdefault("autocast", config.train.autocast) == "auto":
         chosen["autocast"] = "bfloat16" if native_bfloat16(device) else "float32"
     if chosen["autocast"] == "bfloat16" and not native_bfloat16(device):
@@ -251,7 +262,9 @@ def _train(
     with (
         nullcontext()
         if not ranks.lead
-        else MetricLog(folder, config.logger, record.config, state.extra.get("log"), check) as log,
+        else MetricLog(
+            folder, config.logger, record.config, state.extra.get("log"), check, record.chosen.get("wandb_id")
+        ) as log,
         Progress(config.train.tokens, quiet=not ranks.lead, start_tokens=state.tokens) as progress,
     ):
         with clock.phase("model forward"):

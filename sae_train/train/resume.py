@@ -18,6 +18,7 @@ ALLOWED = (
     "run.dir",
     "run.name",
     "logger",
+    "launch",
     "checkpoint",
     "eval",
     "source.prefetch",

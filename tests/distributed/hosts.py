@@ -21,8 +21,8 @@ CABLE = "eth0"
 class Host:
     """A host; what runs there dies with `shut`."""
 
-    def __init__(self, name: str, table: Path) -> None:
-        self.name, self.address = name, ADDRESSES[name]
+    def __init__(self, name: str, table: Path, address: str | None = None) -> None:
+        self.name, self.address = name, address or ADDRESSES[name]
         script = (
             f"hostname {name} && mount --bind {table} /etc/hosts && ip link set lo up && echo up && exec cat"
         )
@@ -32,6 +32,7 @@ class Host:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,  # Ctrl-C is for the tests, which then take everything down
         )
         assert self.holder.stdout is not None
         assert (said := self.holder.stdout.readline()) == "up\n", said

@@ -1,0 +1,1 @@
+"""Where commands run: on this machine, or as jobs of a cluster."""
