@@ -58,6 +58,11 @@ class LoggerConfig:
             )
 
 
+def new_wandb_id() -> str:
+    """The id of a run at wandb: that of its environment, which a sweep's agent sets, or a new one."""
+    return os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12]
+
+
 class MetricLog:
     """The numbers of a run: always to metrics.jsonl, and to wandb and TensorBoard when asked."""
 
@@ -68,6 +73,7 @@ class MetricLog:
         run_config: dict[str, Any],
         resume_state: dict[str, Any] | None = None,
         check: Callable[[], None] = lambda: None,
+        wandb_id: str | None = None,
     ) -> None:
         """Open the record; a run without `resume_state` starts an empty one.
 
@@ -77,6 +83,7 @@ class MetricLog:
             run_config: plain values shown beside the numbers; secrets are redacted here.
             resume_state: `state_dict()` of the checkpoint that the run continues from.
             check: asked before each write; raises if the run folder is not ours any more.
+            wandb_id: of the run there, the same in every leg; a new one where the state has none either.
 
         Raises:
             InputError: wandb or TensorBoard was asked for and is not installed.
@@ -92,12 +99,12 @@ class MetricLog:
         self._step = int(state.get("step", 0))
         self._torn = False
         self._open(folder / METRICS_FILE, int(state.get("bytes", 0)))
-        self._wandb_id: str | None = state.get("wandb_id")
+        self._wandb_id: str | None = state.get("wandb_id") or wandb_id
         self._sinks: list[Background] = []
         self._online = config.wandb and config.wandb_mode == "online"
         self._upload_s = 0.0
         if config.wandb:
-            self._wandb_id = self._wandb_id or uuid.uuid4().hex[:12]
+            self._wandb_id = self._wandb_id or new_wandb_id()
             shown = redact(run_config)
             wandb = WandbSink(folder, self._wandb_id, config.wandb_project, config.wandb_mode, shown)
             self._sinks.append(Background(wandb))
@@ -194,7 +201,7 @@ class MetricLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close(exit_code=0 if kind is None else 1)
+        self.close(exit_code=0 if kind is None else getattr(error, "exit_code", 1))
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -3,11 +3,14 @@
 metrics.jsonl is the record; these are copies, and a copy may be late, partial or absent without the
 run noticing. Numbers go into a bounded queue that one daemon thread empties. A service that blocks
 fills the queue and further numbers are dropped and counted; one that raises is reported once and
-left alone; at the end it gets a few seconds to finish and is then left behind.
+left alone; at the end it gets a few seconds to finish and is then left behind. A wandb server that
+does not answer at the start costs nothing either: the numbers go to an offline run of the same id,
+which `wandb sync` uploads whenever there is a server.
 """
 
 import contextlib
 import logging
+import os
 import queue
 import threading
 import time
@@ -15,16 +18,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
+
+from sae_train.errors import StoppedEarly
 
 logger = logging.getLogger(__name__)
 
 QUEUE_WRITES = 1024
 """Writes that may wait: 10,000 steps at the default of one write every 10 steps."""
 
-WANDB_TIMEOUT_S = 15.0
-"""For wandb to connect, and again to upload the rest at the end. Half of the 30 s that a run waits."""
-
+WANDB_TIMEOUT_S = 10.0
+"""For wandb to connect, and again to upload the rest at the end. It takes up to twice as long to give up
+(wandb 0.31, at a port where nobody listens); with the offline start after that it is ready in 20 s of the
+30 that the end of a run waits."""
 
 UPLOAD_BYTES_PER_S = 4e6
 """Files are given as long as a connection of this speed would take, at most MAX_UPLOAD_S."""
@@ -71,6 +77,9 @@ class Sink(Protocol):
 class WandbSink:
     """Weights & Biases. Offline it needs no network and no account: `wandb sync` uploads the folder later.
 
+    Every leg of a run has the same wandb id, so they are one run there. Online with no server to be had, this
+    leg is kept offline.
+
     Only the scalars, the redacted configuration and, at the end, what the run has published are handed over:
     no code, git state, command line, package list, machine facts or console output, any of which may hold
     what the user did not mean to publish.
@@ -86,11 +95,30 @@ class WandbSink:
         self._run: Any = None
 
     def open(self) -> None:
+        # wandb's reports on itself, also to its server: nobody asked for them, and a server that hangs would
+        # hold up the end of the process for half a minute.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
-        if self.mode == "online" and not wandb.login(prompt=False, verify=False):
-            raise RuntimeError(
-                "no credentials: set WANDB_API_KEY, run `wandb login` or use wandb_mode=offline"
+        if self.mode == "online":
+            try:
+                self._start("online")
+                return
+            except (wandb.Error, OSError) as error:
+                reason = str(error).partition("\n")[0]
+            wandb.teardown()  # the run that did not start would keep its id in use
+            self.mode = "offline"
+            self._start("offline")
+            logger.warning("wandb: %s; what follows is kept offline: %s", reason, self._how_to_upload())
+        else:
+            self._start("offline")
+
+    def _start(self, mode: Literal["online", "offline"]) -> None:
+        import wandb
+
+        if mode == "online" and not wandb.login(prompt=False, verify=False):
+            raise wandb.Error(
+                "no credentials: set WANDB_API_KEY, run `wandb login` or use logger.wandb_mode=offline"
             )
         settings = wandb.Settings(
             silent=True,
@@ -105,16 +133,21 @@ class WandbSink:
             x_save_requirements=False,
             init_timeout=WANDB_TIMEOUT_S,
             finish_timeout=WANDB_TIMEOUT_S,
+            finish_timeout_raises=True,
         )
         self._run = wandb.init(
             project=self.project,
             id=self.run_id,
             resume="allow",
-            mode="online" if self.mode == "online" else "offline",
+            mode=mode,
             dir=str(self.folder),
             config=self.run_config,
             settings=settings,
         )
+
+    def _how_to_upload(self) -> str:
+        also = "--include-online " if self.mode == "online" else ""
+        return f"`wandb sync {also}{Path(self._run.dir).parent}` uploads it"
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         self._run.log(scalars, step=step)
@@ -135,7 +168,14 @@ class WandbSink:
                 one.wait(timeout=max(1, int(deadline - time.monotonic())))
 
     def close(self, exit_code: int) -> None:
-        self._run.finish(exit_code=exit_code)
+        if exit_code == StoppedEarly.exit_code:
+            self._run.mark_preempting()  # to a server that is a run to be continued, not one that failed
+        try:
+            self._run.finish(exit_code=exit_code)
+        except TimeoutError:
+            logger.warning(
+                "wandb did not take everything within %.0f s: %s", WANDB_TIMEOUT_S, self._how_to_upload()
+            )
 
 
 class TensorBoardSink:
@@ -170,8 +210,8 @@ class _Reported:
     (wandb raises bare `Exception` subclasses of its own), and none of it may end a run.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, what: str = "stopped") -> None:
+        self.name, self.what = name, what
 
     def __enter__(self) -> None:
         return None
@@ -182,8 +222,9 @@ class _Reported:
         if error is None:
             return False
         logger.warning(
-            "%s stopped (%s: %s); the run goes on and metrics.jsonl keeps every step",
+            "%s %s (%s: %s); the run goes on and metrics.jsonl keeps every step",
             self.name,
+            self.what,
             type(error).__name__,
             error,
             exc_info=error,
@@ -205,9 +246,12 @@ class Background:
     def _work(self) -> None:
         with _Reported(self.sink.name):
             self.sink.open()
-            while (work := self._queue.get()) is not None:
-                work()
-            self.sink.close(self._exit_code)
+            done = False
+            with _Reported(self.sink.name):
+                while (work := self._queue.get()) is not None:
+                    work()
+                done = True
+            self.sink.close(self._exit_code if done else 1)  # what it has got is worth keeping
 
     def put(self, step: int, scalars: dict[str, float]) -> None:
         """Hand over numbers without waiting. Dropped once the sink has stopped or is 1,024 writes behind."""
@@ -225,11 +269,16 @@ class Background:
 
     def keep(self, artifacts: Sequence[Artifact]) -> None:
         """Hand over files, waiting a few seconds where the sink is behind; then they stay where they are."""
+        names = ", ".join(artifact.name for artifact in artifacts)
+
+        def hand_over() -> None:
+            with _Reported(self.sink.name, f"may not have got {names}"):  # numbers it may still take
+                self.sink.keep(artifacts)
+
         try:
             if self._thread.is_alive():
-                self._queue.put(lambda: self.sink.keep(artifacts), timeout=HAND_OVER_S)
+                self._queue.put(hand_over, timeout=HAND_OVER_S)
         except queue.Full:
-            names = ", ".join(artifact.name for artifact in artifacts)
             logger.warning("%s does not keep up: it did not get %s", self.sink.name, names)
 
     def close(self, timeout_s: float, exit_code: int = 0) -> None:

@@ -35,6 +35,8 @@ DEAD_AFTER_BEATS = 5
 """A record of another host whose beat stands still for so many beats belongs to a process that is gone."""
 RECORD_BYTES = 256
 MAX_RECORD_BYTES = 4096
+SEEN_WITHIN_S = 60.0
+"""Others see a file that one host made within so long: network file systems remember what was not there."""
 TORN_S = 0.05
 """Much longer than a record takes to be written."""
 
@@ -44,7 +46,8 @@ class Ownership:
 
     def __init__(self, folder: Path, handle: int) -> None:
         self.folder, self._handle = folder, handle
-        self._token = uuid.uuid4().hex
+        self.token = uuid.uuid4().hex
+        """In the lock's record: whoever reads it there sees this very folder."""
         self._beat = 0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="heartbeat", daemon=True)
@@ -77,7 +80,7 @@ class Ownership:
 
     def is_ours(self, owner: dict[str, Any] | None) -> bool:
         """An empty record is not: who took over has left again since."""
-        return owner is not None and owner.get("token") == self._token
+        return owner is not None and owner.get("token") == self.token
 
     def stop(self) -> None:
         """Stop beating and leave an empty record: the next owner need not ask."""
@@ -104,7 +107,7 @@ class Ownership:
         if self._beat and not self.is_ours(_read(self._handle)):
             return  # taken over: `check` says so before the next save
         self._beat += 1
-        record = {"host": socket.gethostname(), "pid": os.getpid(), "token": self._token, "beat": self._beat}
+        record = {"host": socket.gethostname(), "pid": os.getpid(), "token": self.token, "beat": self._beat}
         data = json.dumps(record).encode()
         # In place and in one write: the lock is on this very file, so it cannot be replaced by a rename.
         os.pwrite(self._handle, data.ljust(RECORD_BYTES), 0)
@@ -146,6 +149,31 @@ def owned(key: str, folder: Path) -> Iterator[Ownership]:
             ownership.stop()
     finally:
         os.close(handle)
+
+
+def wait_to_see(key: str, folder: Path, token: str, within_s: float = SEEN_WITHIN_S) -> None:
+    """See that a folder which another process of this run owns is the same one here.
+
+    Args:
+        key: configuration key that named the folder, for messages.
+        folder: as this process calls it.
+        token: the owner's.
+        within_s: how long it may take to be seen.
+
+    Raises:
+        InputError: it is another folder, or none.
+    """
+    deadline = time.monotonic() + within_s
+    while True:
+        try:
+            if (_read_anew(folder / LOCK) or {}).get("token") == token:
+                return
+        except FileNotFoundError:
+            pass
+        if time.monotonic() > deadline:
+            here = f"{socket.gethostname()}:{folder.absolute()}"
+            raise InputError(key, str(folder), f"a folder that all processes see; {here} is not the lead's")
+        time.sleep(TORN_S)
 
 
 def last_beat_s(folder: Path) -> float | None:

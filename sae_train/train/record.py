@@ -27,7 +27,8 @@ class RunRecord:
         status: running, stopped or done.
         config: the configuration it was started with, as plain values.
         fingerprint: everything its rows are a function of.
-        chosen: values chosen automatically once and kept on resume (harvest micro-batch, threads, precision).
+        chosen: values chosen automatically once and kept on resume (harvest micro-batch, threads, precision,
+            the id at wandb).
         steps: planned optimizer steps.
         step, tokens: how far the run was when this was written.
     """

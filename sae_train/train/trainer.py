@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import psutil
 import torch
 from sae_kernels import fallbacks
 
@@ -26,6 +25,7 @@ from sae_train.train.resample import resample_member
 from sae_train.train.saver import Saver
 from sae_train.train.state import TrainState
 from sae_train.train.stepper import Step, Stepper
+from sae_train.train.system import SystemMeter, worst
 
 logger = logging.getLogger("sae_train.train")
 
@@ -131,7 +131,7 @@ class Trainer:
     eval_every: int
     save_every: int
     ranks: Ranks = ALONE
-    process: psutil.Process = field(default_factory=psutil.Process)
+    meter: SystemMeter = field(default_factory=SystemMeter)
     fallbacks_seen: dict[str, int] = field(default_factory=fallbacks)
     """Of the kernels, in this process, at the last log line; the next one shows what came since."""
     resample_every: int = 0
@@ -245,12 +245,13 @@ class Trainer:
             scalars["loss_spikes"] = float(member.spikes.spikes)
             scalars["skipped_in_a_row"] = float(member.skipped_in_a_row)
             own[member.name] = scalars
-        shown = {name: scalars for part in self.ranks.gather(own) for name, scalars in part.items()}
+        told = self.ranks.gather((own, self.meter.read(state.tokens)))
+        shown = {name: scalars for part, _ in told for name, scalars in part.items()}
         in_a_row = {name: scalars.pop("skipped_in_a_row") for name, scalars in shown.items()}
         flat = {f"{name}/{key}": value for name, scalars in shown.items() for key, value in scalars.items()}
         flat["seconds"] = self.clock.total()
         flat["tokens_per_s"] = state.tokens / flat["seconds"]
-        flat["rss_bytes"] = float(self.process.memory_info().rss)
+        flat |= worst([readings for _, readings in told])
         before, self.fallbacks_seen = self.fallbacks_seen, fallbacks()
         flat |= {f"kernels/{name}": float(n - before.get(name, 0)) for name, n in self.fallbacks_seen.items()}
         if self.log is not None:
