@@ -1,12 +1,18 @@
 """Composing a command's configuration with Hydra, and saying in one line what is wrong with it."""
 
+import copy
+import hashlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import resources
+from pathlib import Path
+from typing import Any
 
 import hydra
+import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -34,6 +40,8 @@ def compose(verb: str, overrides: list[str]) -> DictConfig:
     """
     register()
     GlobalHydra.instance().clear()
+    if verb not in WITHOUT_GROUPS:
+        overrides = with_files(overrides)
     try:
         with hydra.initialize_config_module(CONFIG_MODULE, version_base="1.3"):
             if verb not in WITHOUT_GROUPS:
@@ -52,6 +60,69 @@ def compose(verb: str, overrides: list[str]) -> DictConfig:
         raise
     except (HydraException, OmegaConfBaseException, *STRANGE) as error:
         raise _explain(verb, overrides, error) from None
+
+
+class Composer:
+    """Compositions of one command that differ in few values: files are read once for each choice of them."""
+
+    def __init__(self, verb: str) -> None:
+        self.verb = verb
+        self._bases: dict[tuple[str, ...], DictConfig] = {}
+
+    def __call__(self, overrides: Sequence[str]) -> DictConfig:
+        """As `compose`, which also says what is wrong."""
+        files = tuple(one for one in overrides if is_group(one.partition("=")[0]))
+        if files not in self._bases:
+            try:
+                self._bases[files] = compose(self.verb, list(files))
+            except InputError:
+                return compose(self.verb, list(overrides))  # says it of the whole command
+        config = copy.deepcopy(self._bases[files])
+        values = [one for one in overrides if one not in files]
+        try:
+            parsed = OverridesParser.create().parse_overrides(values)
+            ConfigLoaderImpl._apply_overrides_to_config(parsed, config)
+        except (HydraException, OmegaConfBaseException, *STRANGE):
+            return compose(self.verb, list(overrides))
+        return config
+
+
+def is_group(key: str) -> bool:
+    """Whether an argument's key picks a file of conf/ instead of setting a value."""
+    folder = resources.files(CONFIG_MODULE).joinpath(*key.lstrip("~+").partition("@")[0].split("/"))
+    return folder.is_dir()
+
+
+def with_files(overrides: Sequence[str]) -> list[str]:
+    """`experiment=PATH/FILE.yaml` made into an experiment that Hydra knows: a file from anywhere may be one.
+
+    Raises:
+        InputError: such a file cannot be read.
+    """
+    return [_with_file(one) if one.startswith("experiment=") else one for one in overrides]
+
+
+def _with_file(override: str) -> str:
+    try:
+        text = str(OverridesParser.create().parse_override(override).value())
+    except (HydraException, *STRANGE):
+        return override  # composing says what is wrong with it
+    if not text.endswith((".yaml", ".yml")):
+        return override
+    wanted = (
+        f"one of {', '.join(options('experiment'))}, or a file such as sae-train sweep writes as best.yaml"
+    )
+    try:
+        content = Path(text).expanduser().read_bytes()
+        told: Any = OmegaConf.create(content.decode())
+        mapping = isinstance(yaml.safe_load(content), dict)
+    except (OSError, ValueError, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise InputError("experiment", text, f"{wanted} ({str(error).splitlines()[0]})") from None
+    if not mapping:
+        raise InputError("experiment", text, f"{wanted}, which has keys with values")
+    name = f"file-{hashlib.sha256(content).hexdigest()[:16]}"
+    ConfigStore.instance().store(group="experiment", name=name, node=told, package="_global_")
+    return f"experiment={name}"
 
 
 def run_composed(verb: str, args: list[str], task: Callable[[DictConfig], int]) -> int:
@@ -78,7 +149,7 @@ def run_composed(verb: str, args: list[str], task: Callable[[DictConfig], int]) 
             failures.append(error)
 
     saved = sys.argv
-    sys.argv = [f"sae-train {verb}", *args]
+    sys.argv = [f"sae-train {verb}", *with_files(args)]
     try:
         hydra.main(config_path=f"pkg://{CONFIG_MODULE}", config_name=verb, version_base="1.3")(job)()
     finally:

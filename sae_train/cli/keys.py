@@ -19,21 +19,23 @@ from sae_train.config import (
     register,
 )
 from sae_train.sae.linear import LinearConfig
+from sae_train.sweep.options import SweepConfig
 
 ROOTS: dict[str, type] = {
     "train": Config,
     "plan": Config,
+    "sweep": Config,
     "harvest": HarvestConfig,
     "eval": EvalCommandConfig,
 }
 ROOTS |= {"export": ExportConfig, "import": ImportConfig, "publish": PublishCommandConfig}
-GROUPS = ("experiment", "model", "corpus", "source", "sae", "sae/activation", "optim", "logger")
+GROUPS = ("experiment", "model", "corpus", "source", "sae", "sae/activation", "optim", "logger", "launch")
 
 
 def verb_help(verb: str) -> str:
     """Keys of a command with their defaults, and the options of every config group."""
     if verb == "status":
-        return "usage: sae-train status run=DIR\n\n  run  the run folder\n"
+        return "usage: sae-train status run=DIR\n\n  run  a run folder, or one with several runs or jobs\n"
     choices = "" if verb in WITHOUT_GROUPS else "[experiment=NAME] [group=OPTION] "
     lines = [f"usage: sae-train {verb} {choices}[key=value ...] [--cfg job] [-m]", ""]
     if verb not in WITHOUT_GROUPS:
@@ -43,6 +45,16 @@ def verb_help(verb: str) -> str:
         lines.append("")
     if verb == "plan":
         lines += [*_keys(PlanOptions, ""), "", "and those of train:", ""]
+    if verb == "sweep":
+        lines[0] = (
+            "usage: sae-train sweep [experiment=NAME] KEY=A,B,... [key=value ...] [sweep.key=value ...]"
+        )
+        lines += [
+            *_keys(SweepConfig, "sweep."),
+            "",
+            "and those of train, of which some have several values:",
+            "",
+        ]
     lines += _keys(ROOTS[verb], "")
     return "\n".join(lines)
 

@@ -19,13 +19,14 @@ from sae_train.stop import Interrupted
 
 VERBS = {
     "train": "harvest activations and train SAEs on them; continues the run that is there",
+    "sweep": "many SAEs or runs at once: a grid on one harvest, jobs over shared shards, or a search",
     "plan": "memory, disk and time of a run, before anything starts",
     "harvest": "write activation shards to disk, once, for any number of runs",
     "eval": "held-out metrics of a run or of a published SAE",
     "publish": "put the SAEs of finished runs on the Hugging Face hub",
     "export": "an SAE in another library's format, proved by reading it back",
     "import": "another library's SAE as one of ours",
-    "status": "progress, rate and last checkpoint of a run",
+    "status": "progress, rate and last checkpoint of runs, and their jobs",
 }
 MODULES = {"import": "import_sae"}
 """Where a verb's module has another name."""
@@ -48,6 +49,13 @@ def one_arena() -> None:
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+
+
+def is_sweep(args: list[str]) -> bool:
+    """Whether arguments of `train` ask for a sweep: -m, unless with keys of Hydra's own multirun."""
+    return bool({"-m", "--multirun"} & set(args)) and not any(
+        arg.startswith(("hydra.", "hydra/")) for arg in args
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -92,6 +100,8 @@ def command(argv: list[str] | None) -> int:
         if "-h" in rest or "--help" in rest:
             print(importlib.import_module("sae_train.cli.keys").verb_help(verb))
             return 0
+        if verb == "train" and is_sweep(rest):
+            verb = "sweep"
         # Each command pulls in torch and more; loading one only when it runs keeps --help immediate.
         with StopSignals():  # those seconds too: a scheduler may change its mind at any time
             code: int = importlib.import_module(f"sae_train.cli.{MODULES.get(verb, verb)}").run(rest)
