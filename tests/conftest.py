@@ -18,6 +18,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not torch.cuda.is_available():  # read once, when Triton is first imported, by whichever test that is
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Beside other workers of pytest-xdist each has its share of the cores: more threads than cores only wait for
+# each other. Children that a test starts inherit the variable.
+THREADS = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
+torch.set_num_threads(min(THREADS, torch.get_num_threads()))
+
 VOCABULARY = 128
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -66,6 +72,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are empty files: drawing those of its report is two thirds of a tiny run in this process."""
+
+    def empty(figure: Any, path: Any, **kwargs: Any) -> None:
+        Path(path).write_bytes(b"")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", empty)
 
 
 @pytest.fixture

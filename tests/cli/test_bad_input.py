@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -55,7 +53,7 @@ def no_weights(monkeypatch, request):
 
 
 @pytest.fixture
-def tiny(tiny_model_dir, tiny_corpus_dir) -> list[str]:
+def tiny(tiny_model_dir, tiny_corpus_dir, no_pictures) -> list[str]:
     return [f"model.name={tiny_model_dir('llama')}", f"corpus.name={tiny_corpus_dir}", *TINY]
 
 
@@ -134,12 +132,10 @@ def test_a_wrong_command_or_missing_key_is_answered(refused):
     refused(["eval"], "run")
 
 
-def test_a_model_that_is_not_there_is_answered(tiny, refused, tmp_path):
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_TOKEN": "hf_canary_0123456789"}
-    command = [sys.executable, "-m", "sae_train", "train", *tiny, "model.name=nobody/nothing"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "model.name='nobody/nothing'" in done.stderr and "canary" not in done.stderr + done.stdout
+def test_a_model_that_is_not_there_is_answered(tiny, refused, zygote, tmp_path):
+    canary = {"HF_TOKEN": "hf_canary_0123456789"}
+    told = zygote.run("train", *tiny, "model.name=nobody/nothing", env=canary, code=2)  # it is offline
+    assert "Traceback" not in told and "model.name='nobody/nothing'" in told and "canary" not in told
     refused(["train", *tiny, f"model.name={tmp_path}"], "model.name", "config.json")
 
 

@@ -1,7 +1,10 @@
 """The commands, run as a user runs them, on a tiny model and corpus that are made here."""
 
+import contextlib
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,9 +39,13 @@ TINY = [
 ]
 
 
-@pytest.fixture
-def tiny(tiny_model_dir, tiny_corpus_dir) -> list[str]:
+def arguments(tiny_model_dir, tiny_corpus_dir) -> list[str]:
     return [f"model.name={tiny_model_dir('llama')}", f"corpus.name={tiny_corpus_dir}", *TINY]
+
+
+@pytest.fixture
+def tiny(tiny_model_dir, tiny_corpus_dir, no_pictures) -> list[str]:
+    return arguments(tiny_model_dir, tiny_corpus_dir)
 
 
 def ok(*args: str) -> None:
@@ -60,17 +67,26 @@ def same_bits(one: Path, two: Path) -> None:
         assert torch.equal(a[name], b[name]), name
 
 
-def test_training_writes_everything_a_run_promises(tiny, tmp_path, capsys):
-    run = tmp_path / "run"
-    ok("train", *tiny, f"run.dir={run}")
-    out = capsys.readouterr().out
+@pytest.fixture(scope="module")
+def finished(tiny_model_dir, tiny_corpus_dir, tmp_path_factory) -> Path:
+    """A run to its end, with pictures; what it printed is in `printed.txt` beside it. Leave it as it is."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        ok("train", *arguments(tiny_model_dir, tiny_corpus_dir), f"run.dir={run}")
+    run.with_name("printed.txt").write_text(out.getvalue())
+    return run
+
+
+def test_training_writes_everything_a_run_promises(finished):
+    run, sae_dir = finished, finished / "saes" / "main"
+    out = run.with_name("printed.txt").read_text()
     assert str(run / "report.html") in out and "fvu" in out.lower()
-    sae_dir = run / "saes" / "main"
     for name in ("run.json", "config.yaml", "metrics.jsonl", "train.log", "report.html", "summary.json"):
         assert (run / name).stat().st_size > 0, name
     for name in ("sae.safetensors", "config.json", "features.safetensors", "metrics.json", "README.md"):
         assert (sae_dir / name).stat().st_size > 0, name
-    assert len(list((sae_dir / "plots").glob("*.png"))) >= 4
+    pictures = list((sae_dir / "plots").glob("*.png"))
+    assert len(pictures) >= 4 and all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
     metrics = json.loads((sae_dir / "metrics.json").read_text())
     for key in (
         "fvu",
@@ -104,19 +120,16 @@ def test_training_writes_everything_a_run_promises(tiny, tmp_path, capsys):
     assert 'src="http' not in (run / "report.html").read_text()
 
 
-def test_a_finished_run_is_said_to_be_finished_and_left_alone(tiny, tmp_path, capsys):
-    run = tmp_path / "run"
-    ok("train", *tiny, f"run.dir={run}")
-    before = (run / "metrics.jsonl").read_bytes()
-    ok("train", *tiny, f"run.dir={run}")
+def test_a_finished_run_is_said_to_be_finished_and_left_alone(tiny, finished, capsys):
+    before = (finished / "metrics.jsonl").read_bytes()
+    ok("train", *tiny, f"run.dir={finished}")
     assert "finished" in capsys.readouterr().out
-    assert (run / "metrics.jsonl").read_bytes() == before
+    assert (finished / "metrics.jsonl").read_bytes() == before
 
 
-def test_training_from_disk_gives_the_bits_of_training_from_the_live_model(tiny, tmp_path):
-    live, disk, shards = tmp_path / "live", tmp_path / "disk", tmp_path / "shards"
+def test_training_from_disk_gives_the_bits_of_training_from_the_live_model(tiny, finished, tmp_path):
+    live, disk, shards = finished, tmp_path / "disk", tmp_path / "shards"
     # the same budget of rows for both; held-out statistics come from other rows, so compare the SAE itself
-    ok("train", *tiny, f"run.dir={live}")
     ok("harvest", *tiny, f"out={shards}")
     recipe = [a for a in TINY if not a.startswith(("hook=", "corpus."))]
     ok("train", "source=shards", f"source.path={shards}", *recipe, f"run.dir={disk}")
@@ -135,12 +148,11 @@ def test_prefetching_in_a_thread_does_not_change_a_bit(tiny, tmp_path):
     same_bits(tmp_path / "0", tmp_path / "2")
 
 
-def test_members_on_several_hooks_train_as_they_would_alone(tiny, tmp_path):
+def test_members_on_several_hooks_train_as_they_would_alone(tiny, finished, tmp_path):
     """A member of a run with others sees the same rows as alone when the hooks are the same."""
-    together, alone = tmp_path / "together", tmp_path / "alone"
+    together, alone = tmp_path / "together", finished
     saes = "saes={a: {sae: {activation: {k: 4}}}, b: {seed: 7, optim: {lr: 0.01}, sae: {activation: {k: 2}}}}"
     ok("train", *tiny, f"run.dir={together}", saes)
-    ok("train", *tiny, f"run.dir={alone}")
     a, main_sae = (
         load_file(together / "saes/a/sae.safetensors"),
         load_file(alone / "saes/main/sae.safetensors"),
@@ -161,10 +173,9 @@ def test_members_on_several_hooks_train_as_they_would_alone(tiny, tmp_path):
     assert sorted(p.name for p in (hooks / "saes").iterdir()) == ["mlp_out.1", "resid_post.0"]
 
 
-def test_transformer_lens_spelling_is_the_same_hook(tiny, tmp_path):
-    ok("train", *tiny, f"run.dir={tmp_path / 'short'}")
+def test_transformer_lens_spelling_is_the_same_hook(tiny, finished, tmp_path):
     ok("train", *tiny, f"run.dir={tmp_path / 'tl'}", "hook=blocks.1.hook_resid_post")
-    same_bits(tmp_path / "short", tmp_path / "tl")
+    same_bits(finished, tmp_path / "tl")
 
 
 def start(args: list[str]) -> subprocess.Popen:
@@ -183,21 +194,30 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
     raise AssertionError(f"no step {step}: {process.communicate()}")
 
 
+LONGER = ["train.tokens=6400", "corpus.epochs=20", "checkpoint.every=20", "eval.every=40"]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model_dir, tiny_corpus_dir, zygote, tmp_path_factory) -> Path:
+    """A longer run that nobody ended."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    names = arguments(tiny_model_dir, tiny_corpus_dir)
+    zygote.run("train", *names, *LONGER, f"run.dir={run}", plots=False)
+    return run
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGKILL, -9)])
-def test_a_run_that_was_ended_continues_to_the_same_bits(tiny, tmp_path, number, code):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    longer = [*tiny, "train.tokens=6400", "corpus.epochs=20", "checkpoint.every=20"]
-    ok("train", *longer, f"run.dir={whole}")
-    process = start(["train", *longer, f"run.dir={cut}"])
-    wait_for_step(cut, 60, process)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == code, err
+def test_a_run_that_was_ended_continues_to_the_same_bits(tiny, whole, zygote, tmp_path, number, code):
+    cut, longer = tmp_path / "cut", [*tiny, *LONGER]
+    process = zygote.start("train", *longer, f"run.dir={cut}")
+    process.wait_for_step(cut, 60)
+    process.send(number)
+    assert process.wait() == code, process.text()
     saved = sorted((cut / "checkpoints").iterdir())
     assert saved, "nothing was saved before the end"
     assert not (cut / "saes").exists()
     if number == signal.SIGTERM:
-        assert "SIGTERM" in err and "same command" in err
+        assert "SIGTERM" in process.text() and "same command" in process.text()
     ok("train", *longer, f"run.dir={cut}")
     same_bits(whole, cut)
     steps = [r["step"] for r in read_metrics(cut) if "main/loss" in r]
@@ -210,7 +230,7 @@ def test_a_run_that_was_ended_continues_to_the_same_bits(tiny, tmp_path, number,
 
 def test_a_second_signal_ends_a_run_at_once(tiny, tmp_path):
     run = tmp_path / "run"
-    slow = [*tiny, "train.tokens=640000", "corpus.epochs=9999", "checkpoint.every=20"]
+    slow = [*tiny, "train.tokens=640000", "corpus.epochs=9999", "checkpoint.every=20", "eval.every=0"]
     process = start(["train", *slow, f"run.dir={run}"])
     wait_for_step(run, 40, process)
     process.send_signal(signal.SIGSTOP)  # both signals are then waiting when it goes on
@@ -222,16 +242,14 @@ def test_a_second_signal_ends_a_run_at_once(tiny, tmp_path):
     assert list((run / "checkpoints").glob("step-*"))
 
 
-def test_evaluation_while_training_measures_cross_entropy_too(tiny, tmp_path):
-    run = tmp_path / "run"
-    ok("train", *tiny, f"run.dir={run}")
-    while_training = [r for r in read_metrics(run) if r["step"] == 8 and "main/heldout/fvu" in r]
+def test_evaluation_while_training_measures_cross_entropy_too(finished):
+    while_training = [r for r in read_metrics(finished) if r["step"] == 8 and "main/heldout/fvu" in r]
     assert len(while_training) == 1
     for key in ("ce_clean", "ce_sae", "kl_sae", "recovered_mean", "l0", "dense"):
         assert f"main/heldout/{key}" in while_training[0], key
 
 
-def test_rows_computed_elsewhere_train_an_sae(tmp_path):
+def test_rows_computed_elsewhere_train_an_sae(tmp_path, no_pictures):
     g = torch.Generator().manual_seed(0)
     save_file({"acts": torch.randn(3000, 12, generator=g)}, tmp_path / "a.safetensors")
     source = [f"source.paths=[{tmp_path / 'a.safetensors'}]", "source.key=acts", "source.lanes=2"]
@@ -250,18 +268,17 @@ def test_rows_computed_elsewhere_train_an_sae(tmp_path):
     assert 0 < metrics["fvu"] < 1 and "ce_sae" not in metrics
 
 
-def test_a_synthetic_dictionary_trains_an_sae_that_explains_it(tmp_path):
+def test_a_synthetic_dictionary_trains_an_sae_that_explains_it(tmp_path, no_pictures):
     ok(
-        "train", "source=synthetic", "source.shard_tokens=8192", "sae.d_sae=256", "sae.activation.k=4",
-        "train.tokens=120_000", "train.batch_tokens=512", "eval.tokens=4096", f"run.dir={tmp_path / 'run'}",
+        "train", "source=synthetic", "source.shard_tokens=4096", "sae.d_sae=256", "sae.activation.k=4",
+        "train.tokens=40_000", "train.batch_tokens=512", "eval.tokens=2048", f"run.dir={tmp_path / 'run'}",
     )  # fmt: skip
     metrics = json.loads((tmp_path / "run/saes/main/metrics.json").read_text())
     assert metrics["fvu"] < 0.5
 
 
-def test_eval_repeats_the_numbers_of_the_run(tiny, tmp_path, capsys):
-    run = tmp_path / "run"
-    ok("train", *tiny, f"run.dir={run}")
+def test_eval_repeats_the_numbers_of_the_run(finished, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "run")
     ok("eval", f"run={run}")
     told = json.loads((run / "saes/main/metrics.json").read_text())
     again = json.loads((run / "saes/main/eval.json").read_text())
@@ -271,10 +288,8 @@ def test_eval_repeats_the_numbers_of_the_run(tiny, tmp_path, capsys):
     assert "fvu" in capsys.readouterr().out
 
 
-def test_status_tells_how_far_a_run_is(tiny, tmp_path, capsys):
-    run = tmp_path / "run"
-    ok("train", *tiny, f"run.dir={run}")
-    ok("status", f"run={run}")
+def test_status_tells_how_far_a_run_is(finished, capsys):
+    ok("status", f"run={finished}")
     out = capsys.readouterr().out
     assert "done, step 20 of 20 (100%)" in out and "saved      step 20" in out
 
@@ -295,10 +310,11 @@ def test_an_interrupted_harvest_keeps_its_shards_and_continues(tiny, tmp_path, c
 
 def test_the_run_folder_is_named_by_what_decides_the_result(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    ok("train", *tiny)
-    ok("train", *tiny, "logger.every=5")
+    few = [*tiny, "train.tokens=64", "eval.every=0"]
+    ok("train", *few)
+    ok("train", *few, "logger.every=5")
     assert "finished" in capsys.readouterr().out
-    ok("train", *tiny, "run.seed=3")
+    ok("train", *few, "run.seed=3")
     assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
@@ -313,9 +329,11 @@ def test_composed_configuration_and_help_are_printed_without_running(tiny, capsy
     assert "sae.activation" in out and "Peak learning rate" in out and "gpt2-small" in out
 
 
-def test_a_sweep_runs_every_combination(tiny, tmp_path, monkeypatch):
+def test_a_sweep_of_saes_is_one_run_and_with_keys_of_hydra_a_run_for_each(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ok("train", "-m", *tiny, "train.tokens=64", "sae.activation.k=2,3")
+    assert len(list((tmp_path / "runs").glob("sweeps/sae-*/runs/grid/saes/k[23]/sae.safetensors"))) == 2
+    ok("train", "-m", *tiny, "train.tokens=64", "sae.activation.k=2,3", "hydra.sweep.dir=own")
     runs = sorted((tmp_path / "runs").glob("sae-*/report.html"))
     assert len(runs) == 2
     # Hydra may not silence what the runs have to say

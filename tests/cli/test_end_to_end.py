@@ -31,9 +31,14 @@ TINY = [
 ]
 
 
-@pytest.fixture
-def tiny(tiny_model_dir, tiny_corpus_dir) -> list[str]:
+@pytest.fixture(scope="module")
+def arguments(tiny_model_dir, tiny_corpus_dir) -> list[str]:
     return [f"model.name={tiny_model_dir('llama')}", f"corpus.name={tiny_corpus_dir}", *TINY]
+
+
+@pytest.fixture
+def tiny(arguments, no_pictures) -> list[str]:
+    return arguments
 
 
 def results(run: Path) -> dict[str, float]:
@@ -51,10 +56,11 @@ def stop_before(patch: pytest.MonkeyPatch, steps: int) -> None:
     patch.setattr(Member, "begin_step", begin_and_stop)
 
 
-@pytest.fixture
-def on_rows(tiny, tmp_path) -> Path:
-    run = tmp_path / "rows"
-    assert main(["train", *tiny, f"run.dir={run}"]) == 0
+@pytest.fixture(scope="module")
+def on_rows(arguments, zygote, tmp_path_factory) -> Path:
+    """A run on rows, to go on from; leave it as it is."""
+    run = tmp_path_factory.mktemp("rows") / "run"
+    zygote.run("train", *arguments, f"run.dir={run}", plots=False)
     return run
 
 

@@ -33,7 +33,7 @@ TINY = [
 
 
 @pytest.fixture
-def tiny(tiny_model_dir, tiny_corpus_dir) -> list[str]:
+def tiny(tiny_model_dir, tiny_corpus_dir, no_pictures) -> list[str]:
     return [f"model.name={tiny_model_dir('llama')}", f"corpus.name={tiny_corpus_dir}", *TINY]
 
 
@@ -189,7 +189,7 @@ def test_optimizer_states_that_cannot_be_had_are_refused_in_one_line(tiny, tmp_p
 @pytest.mark.skipif(
     torch.cuda.is_available(), reason="where there is a GPU, Triton does not take CPU tensors"
 )
-def test_rows_that_the_kernels_had_to_encode_again_are_in_the_log(tmp_path):
+def test_rows_that_the_kernels_had_to_encode_again_are_in_the_log(tmp_path, no_pictures):
     # A row of zeros has the same pre-activation in every latent: more candidates than there is room for.
     rows = torch.randn(512, 8, generator=torch.Generator().manual_seed(0))
     rows[::4] = 0

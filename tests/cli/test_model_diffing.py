@@ -5,13 +5,12 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from faults.tools import kill_once_saved
 from safetensors.torch import load_file, save_file
 
 from sae_train import load_sae
@@ -20,9 +19,6 @@ from sae_train.cli.main import main
 from sae_train.metrics.sharing import decoder_shares
 from sae_train.shards.disk import DiskShards
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
-from tools import kill_once_saved
-
 BOTH = ["hook=resid_post.1+resid_post.1@other", "sae.kind=crosscoder"]
 TINY = [
     "corpus.context_length=16", "corpus.holdout=0.25", "corpus.epochs=2", "source.shard_tokens=256",
@@ -30,13 +26,8 @@ TINY = [
     "eval.tokens=200", "eval.ce_tokens=64", "eval.every=0", "logger.every=2", "checkpoint.every=5",
     "run.threads=1",
 ]  # fmt: skip
+pytestmark = pytest.mark.usefixtures("no_pictures")
 SCORES = ("ce_clean", "ce_sae", "ce_zero", "ce_mean", "kl_sae", "recovered_mean")
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing a report takes longer than a run of this size."""
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **__: Path(path).write_bytes(b""))
 
 
 @pytest.fixture(scope="module")
@@ -221,15 +212,11 @@ def test_members_of_one_model_each_and_of_both_share_a_harvest_and_can_be_judged
 # -- resume -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(300)
-def test_a_killed_run_over_two_models_continues_to_the_same_bits(two, tmp_path):
+def test_a_killed_run_over_two_models_continues_to_the_same_bits(two, zygote, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     often = [*two, "checkpoint.every=3"]
     ok("train", *often, f"run.dir={whole}")
-    command = "import sys; from sae_train.cli.main import main; sys.exit(main(sys.argv[1:]))"
-    killed = [sys.executable, "-c", kill_once_saved(cut, 10) + command, "train", *often, f"run.dir={cut}"]
-    done = subprocess.run(killed, capture_output=True, text=True, timeout=250, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    zygote.run("train", *often, f"run.dir={cut}", before=kill_once_saved(cut, 10), code=-signal.SIGKILL)
     assert not (cut / "saes").exists()
     ok("train", *often, f"run.dir={cut}")
     (again,) = re.findall(r"continuing from step (\d+) of 20", (cut / "train.log").read_text())

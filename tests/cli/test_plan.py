@@ -98,6 +98,7 @@ def test_a_plan_of_what_cannot_be_is_refused_in_one_line(args, named, capsys):
     assert named in told and told.count("\n") == 1
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_run_that_cannot_fit_is_refused_with_the_numbers_before_it_starts(tmp_path, capsys, monkeypatch):
     keys = [
         *ROWS,

@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 from faults.conftest import tiny  # noqa: F401
-from faults.tools import Process, Zygote
+from faults.tools import SYNTHETIC, Process, Zygote
+
+GRID = "grid={k: [2, 4], seed: [0, 1]}"
+SHORT = [*SYNTHETIC, "source.lanes=4", GRID, "train.tokens=1280", "eval.every=20"]
+"""40 steps of four SAEs on rows without a model."""
 
 
 class Group:
@@ -56,3 +60,11 @@ def launch(zygote: Zygote, tmp_path: Path) -> Iterator[Launch]:
     yield go
     for process in started:
         process.send(9)
+
+
+@pytest.fixture(scope="session")
+def whole(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of SHORT that one process made and nobody disturbed; leave it as it is."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    zygote.run("train", *SHORT, f"run.dir={run}", plots=False)
+    return run

@@ -9,14 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from distributed.conftest import free_port
-from faults.tools import SYNTHETIC, Process, Zygote, at_step, call, differences, final_state, resumed_at, send
+from distributed.conftest import SHORT, free_port
+from faults.tools import Process, Zygote, at_step, call, differences, final_state, resumed_at, send
 
 from sae_train.errors import InputError
 from sae_train.meeting import own_gpu
 
-GRID = "grid={k: [2, 4], seed: [0, 1]}"
-SHORT = [*SYNTHETIC, "source.lanes=4", GRID, "train.tokens=1280", "eval.every=20"]
 ABSENT = r"WORLD_SIZE=\d: expected so many processes that meet in time; none came with RANK="
 WRONG: dict[str, list[tuple[str, str, str | None]]] = {
     "two leads": [
@@ -103,9 +101,8 @@ def store_of_an_agent() -> dist.TCPStore:
     return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timeout)
 
 
-def test_a_store_that_dies_in_the_middle_is_not_missed(zygote, tmp_path):
+def test_a_store_that_dies_in_the_middle_is_not_missed(zygote, whole, tmp_path):
     """As with a torchrun that is killed, and its processes are not: they need it to meet, and no more."""
-    zygote.run("train", *SHORT, f"run.dir={tmp_path / 'whole'}", plots=False)
     run, dead = tmp_path / "run", tmp_path / "dead"
     agents = store_of_an_agent()
     wait = at_step(13, f"while not os.path.exists({str(dead)!r}): time.sleep(0.02)")
@@ -121,13 +118,14 @@ def test_a_store_that_dies_in_the_middle_is_not_missed(zygote, tmp_path):
         socket.create_connection(("127.0.0.1", port))
     dead.touch()
     assert [process.wait() for process in group] == [0, 0], [process.text() for process in group]
-    assert differences(final_state(tmp_path / "whole"), final_state(run)) == []
+    assert differences(final_state(whole), final_state(run)) == []
 
 
-def test_an_attempt_does_not_take_the_one_before_it_for_itself_where_their_store_lives_on(zygote, tmp_path):
+def test_an_attempt_does_not_take_the_one_before_it_for_itself_where_their_store_lives_on(
+    zygote, whole, tmp_path
+):
     """As under torchrun on two hosts: each agent counts restarts for itself."""
     run = tmp_path / "run"
-    zygote.run("train", *SHORT, f"run.dir={tmp_path / 'whole'}", plots=False)
     agents = store_of_an_agent()
     shared = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     kill = at_step(23, send(signal.SIGKILL))
@@ -143,4 +141,4 @@ def test_an_attempt_does_not_take_the_one_before_it_for_itself_where_their_store
     ]
     assert [process.wait() for process in again] == [0, 0], [process.text() for process in again]
     assert resumed_at(again[0].text()) in (10, 15, 20)
-    assert differences(final_state(tmp_path / "whole"), final_state(run)) == []
+    assert differences(final_state(whole), final_state(run)) == []

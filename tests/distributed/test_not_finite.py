@@ -3,13 +3,12 @@
 from pathlib import Path
 
 import pytest
-from faults.tools import SYNTHETIC, call, differences, final_state, resumed_at
+from distributed.conftest import GRID, SHORT
+from faults.tools import call, differences, final_state, resumed_at
 
 from sae_train.checkpoint import Checkpointer
 from sae_train.log import read_metrics
 
-GRID = "grid={k: [2, 4], seed: [0, 1]}"
-ARGS = [*SYNTHETIC, "source.lanes=4", GRID, "train.tokens=1280", "eval.every=20"]
 OWN = {0: ("k2-seed0", "k4-seed0"), 1: ("k2-seed1", "k4-seed1")}
 """Which process has which SAEs, of two."""
 
@@ -34,14 +33,13 @@ def skipped(run: Path) -> dict[str, float]:
 
 
 def test_rows_that_are_nan_in_one_process_cost_its_saes_those_steps_and_the_others_nothing(
-    launch, zygote, tmp_path
+    launch, whole, tmp_path
 ):
     rank = 1
-    zygote.run("train", *ARGS, f"run.dir={tmp_path / 'whole'}", plots=False)
     run = tmp_path / "run"
-    launch(2, "train", *ARGS, f"run.dir={run}", before={rank: rows_not_finite(12, 14)}).wait(0)
+    launch(2, "train", *SHORT, f"run.dir={run}", before={rank: rows_not_finite(12, 14)}).wait(0)
     assert skipped(run) == dict.fromkeys(OWN[rank], 3) | dict.fromkeys(OWN[1 - rank], 0)
-    unlike = differences(final_state(tmp_path / "whole"), final_state(run))
+    unlike = differences(final_state(whole), final_state(run))
     assert unlike, "nothing was injected"
     assert {path.split("/")[2] for path in unlike} == set(OWN[rank])
 
@@ -55,11 +53,11 @@ def said_alike(texts: list[str]) -> str:
 
 def test_rows_that_stay_nan_in_one_process_end_all_with_the_same_words(launch, tmp_path):
     rank, run = 0, tmp_path / "run"
-    texts = launch(2, "train", *ARGS, f"run.dir={run}", before={rank: rows_not_finite(12, 40)}).wait(3)
+    texts = launch(2, "train", *SHORT, f"run.dir={run}", before={rank: rows_not_finite(12, 40)}).wait(3)
     assert f"{OWN[rank][0]}: gradients were not finite for 11 steps in a row (step 22)" in said_alike(texts)
     assert skipped(run) == dict.fromkeys(OWN[rank], 11) | dict.fromkeys(OWN[1 - rank], 0)
     assert Checkpointer.steps(run / "checkpoints")[-1] == 20
-    texts = launch(2, "train", *ARGS, f"run.dir={run}").wait(0)  # the last good one is whole, and good
+    texts = launch(2, "train", *SHORT, f"run.dir={run}").wait(0)  # the last good one is whole, and good
     assert resumed_at(texts[0]) == 20
     assert set(skipped(run).values()) == {0, 9}
 

@@ -219,14 +219,24 @@ def harvested(zygote, tmp_path_factory):
     return out
 
 
+def from_shards(folder: Path) -> list[str]:
+    args = [a for a in SAVING if not a.startswith(("source", "hook", "train.tokens"))]
+    return ["train", *args, "source=shards", f"source.path={folder}", "hook=auto", "train.tokens=1280"]
+
+
+@pytest.fixture(scope="module")
+def on_good_shards(zygote, harvested, tmp_path_factory):
+    run = tmp_path_factory.mktemp("good") / "run"
+    zygote.run(*from_shards(harvested), f"run.dir={run}", plots=False)
+    return run
+
+
 @pytest.mark.parametrize("how", ["flip", "swap", "zero tail", "torn"])
 def test_a_damaged_shard_stops_the_run_by_name_and_is_remade_by_the_harvest_alone(
-    zygote, harvested, tmp_path, how
+    zygote, harvested, on_good_shards, tmp_path, how
 ):
     out = shutil.copytree(harvested, tmp_path / "out")
-    args = [a for a in SAVING if not a.startswith(("source", "hook", "train.tokens"))]
-    args += ["source=shards", f"source.path={out}", "hook=auto", "train.tokens=1280"]
-    zygote.run("train", *args, f"run.dir={tmp_path / 'a'}", plots=False)
+    args = from_shards(out)
     bad, rows = out / "shard-00000002", out / "shard-00000002" / "rows.safetensors"
     match how:
         case "flip":
@@ -237,7 +247,7 @@ def test_a_damaged_shard_stops_the_run_by_name_and_is_remade_by_the_harvest_alon
             zero_tail(rows, random.Random(4))
         case "torn":
             (bad / MANIFEST).unlink()
-    text = zygote.run("train", *args, f"run.dir={tmp_path / 'b'}", code=2, plots=False)
+    text = zygote.run(*args, f"run.dir={tmp_path / 'b'}", code=2, plots=False)
     assert str(bad) in one_line(text) and "run the same harvest command again" in one_line(text)
     stopped_at = whole_steps(tmp_path / "b")[-1]
     assert stopped_at > 0, "what was trained before it is saved"
@@ -246,6 +256,6 @@ def test_a_damaged_shard_stops_the_run_by_name_and_is_remade_by_the_harvest_alon
     assert f"removing damaged shard {bad}" in text
     assert {path: path.stat().st_ino for path in kept} == kept, "only the damaged one is written"
     assert rows.read_bytes() == (harvested / "shard-00000002" / "rows.safetensors").read_bytes()
-    text = zygote.run("train", *args, f"run.dir={tmp_path / 'b'}", plots=False)
+    text = zygote.run(*args, f"run.dir={tmp_path / 'b'}", plots=False)
     assert f"from step {stopped_at} of 40" in text
-    assert differences(final_state(tmp_path / "b"), final_state(tmp_path / "a")) == []
+    assert differences(final_state(tmp_path / "b"), final_state(on_good_shards)) == []

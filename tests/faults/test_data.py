@@ -73,7 +73,9 @@ def packed(name: str, texts: list[str]) -> bytes:
 
 
 @pytest.fixture
-def train(tiny_model_dir: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+def train(
+    tiny_model_dir: Callable[[str], Path], capsys: pytest.CaptureFixture[str], no_pictures: None
+) -> Callable[..., Any]:
     """Run `train` on a corpus; asserts the exit code, and that a failure is one line without a traceback."""
 
     def run(corpus: object, folder: Path, *overrides: str, code: int = 0, says: tuple[str, ...] = ()) -> str:

@@ -137,6 +137,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
     return run
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_commands_work_on_what_the_attacks_begin_with(here: Path) -> None:
     for args in (EVAL, STATUS, FROM_SHARDS, [*FROM_TENSORS[:-1], "run.dir=other"]):
         assert main(args) == 0, args

@@ -71,6 +71,17 @@ NOT_TO_ALTER = ("amsgrad", "params")
 takes moments for those of another parameter, or maxima that nobody made) and the process dies."""
 
 
+HERE, ELSEWHERE = "tried by default", "the others"
+"""Most of a checkpoint is restored by code that no way of stepping has a part in. By default such items are
+tried with autograd alone, those of the SAEs with fused steps too, and those of the optimizer in every way."""
+SCOPES = [HERE, pytest.param(ELSEWHERE, marks=pytest.mark.slow)]
+
+
+def scope(way: str, path: tuple[Any, ...]) -> str:
+    beginning = {"autograd": (), "fused": ("members",), "active rows": ("members", "main", "optimizer")}[way]
+    return HERE if path[: len(beginning)] == beginning else ELSEWHERE
+
+
 @dataclass
 class Base:
     """A run left alone, and the folder as a kill in its middle would have left it."""
@@ -176,6 +187,10 @@ def excused(base: Base, path: tuple[Any, ...]) -> bool:
     return any(name.startswith(key) or name.endswith(key) for key in EXCUSED | EXCUSED_IN[base.way])
 
 
+def items(base: Base, which: str) -> list[tuple[Any, ...]]:
+    return [path for path in leaves(base.state) if scope(base.way, path) == which]
+
+
 def same(one: Any, two: Any) -> bool:
     return differences({"": one}, {"": two}) == []
 
@@ -238,13 +253,15 @@ def test_the_saved_state_is_one_in_which_every_item_is_at_work(base):
     assert base.state["extra"]["judged"] == MIDDLE
     assert base.state["rng"]["numpy"]["has_gauss"] == 1 and base.state["rng"]["python"]["gauss"] is not None
     assert len(list(leaves(base.state))) > 50
+    assert len(items(base, HERE)) > {"autograd": 80, "fused": 40, "active rows": 15}[base.way]
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("part", range(PARTS))
-def test_an_item_of_state_that_is_not_restored_is_noticed(base, part, tmp_path):
+@pytest.mark.parametrize("which", SCOPES)
+def test_an_item_of_state_that_is_not_restored_is_noticed(base, which, part, tmp_path):
     unnoticed = []
-    for path in [path for path in leaves(base.state) if path[-1] not in NOT_TO_ALTER][part::PARTS]:
+    for path in [path for path in items(base, which) if path[-1] not in NOT_TO_ALTER][part::PARTS]:
 
         def change(state: dict[str, Any], fresh: dict[str, Any], path: tuple[Any, ...] = path) -> None:
             saved, new = at(state, path), at(fresh, path)
@@ -257,10 +274,11 @@ def test_an_item_of_state_that_is_not_restored_is_noticed(base, part, tmp_path):
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("part", range(PARTS))
-def test_an_item_of_state_that_is_missing_is_noticed(base, part, tmp_path):
+@pytest.mark.parametrize("which", SCOPES)
+def test_an_item_of_state_that_is_missing_is_noticed(base, which, part, tmp_path):
     unnoticed = []
     constants = set()  # what the process holds without being told: the other test shows that it counts
-    for path in list(leaves(base.state))[part::PARTS]:
+    for path in items(base, which)[part::PARTS]:
 
         def change(state: dict[str, Any], fresh: dict[str, Any], path: tuple[Any, ...] = path) -> None:
             if same(at(state, path), at(fresh, path)):

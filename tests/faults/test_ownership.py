@@ -51,10 +51,11 @@ def race(
     os.kill(os.getpid(), signal.SIGKILL)  # the record of this owner stays, as after a crash
 
 
-def test_of_two_processes_that_want_a_folder_at_once_exactly_one_gets_it_50_times(tmp_path):
+@pytest.mark.parametrize("rounds", [10, pytest.param(50, marks=pytest.mark.slow)])
+def test_of_two_processes_that_want_a_folder_at_once_exactly_one_gets_it_every_time(rounds, tmp_path):
     """Each round meets the record that the killed owner of the last one left."""
     fork = multiprocessing.get_context("fork")
-    for round_ in range(50):
+    for round_ in range(rounds):
         start, results = fork.Barrier(2), fork.Queue()
         both = [fork.Process(target=race, args=(tmp_path / "run", start, results)) for _ in range(2)]
         for process in both:

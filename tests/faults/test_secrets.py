@@ -171,7 +171,7 @@ def test_the_refusal_names_the_key_and_the_variable(
     assert "corpus.name='https://user:***@localhost/x.jsonl'" in line and "HF_TOKEN" in line
 
 
-@pytest.mark.usefixtures("canaries")
+@pytest.mark.usefixtures("canaries", "no_pictures")
 def test_damaged_checkpoints_are_told_of_without_secrets(
     tmp_path: Path, rows: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -108,7 +108,7 @@ def test_a_signal_during_startup_leaves_one_whole_checkpoint_or_none(zygote, tin
 def test_runs_stopped_in_startup_again_and_again_end_the_same(zygote, tiny, whole, tmp_path):
     run = tmp_path / "run"
     args = [*tiny, *SHORT]
-    for before in MOMENTS.values():
+    for before in list(MOMENTS.values())[1::2]:
         zygote.run("train", *args, f"run.dir={run}", before=before, code=75)
     assert_goes_on(zygote, args, run, whole)
 
@@ -337,7 +337,14 @@ def harvested(zygote, tiny, tmp_path_factory):
     return tree
 
 
-@pytest.mark.parametrize("where", list(IN_A_WRITE))
+AT_A_CALL = ("before a rename", "after a rename", "flushing")
+"""Slow, as test_commit.py has a harvest killed at each of these calls by default."""
+
+
+@pytest.mark.parametrize(
+    "where",
+    [pytest.param(where, marks=pytest.mark.slow if where in AT_A_CALL else ()) for where in IN_A_WRITE],
+)
 def test_a_harvest_killed_in_a_write_has_a_shard_whole_or_not_at_all(
     zygote, tiny, harvested, where, tmp_path
 ):
@@ -349,7 +356,11 @@ def test_a_harvest_killed_in_a_write_has_a_shard_whole_or_not_at_all(
     assert whole_tree(out) == harvested
 
 
-@pytest.mark.parametrize("number", [TERM, USR1, INT], ids=["TERM", "USR1", "INT"])
+@pytest.mark.parametrize(  # all three are heard alike, as the test of a step shows
+    "number",
+    [TERM, pytest.param(USR1, marks=pytest.mark.slow), pytest.param(INT, marks=pytest.mark.slow)],
+    ids=["TERM", "USR1", "INT"],
+)
 def test_a_harvest_asked_to_stop_keeps_its_whole_shards_and_goes_on(
     zygote, tiny, harvested, number, tmp_path
 ):

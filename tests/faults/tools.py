@@ -239,7 +239,7 @@ def resumed_at(text: str) -> int | None:
     return int(found[1]) if found else None
 
 
-TIMED = re.compile(r"time|seconds|tokens_per_s|rss_bytes|kernels/.*")
+TIMED = re.compile(r"time|seconds|tokens_per_s|system/.*|kernels/.*")
 
 
 def told(run: Path) -> list[dict[str, Any]]:

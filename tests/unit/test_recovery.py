@@ -320,7 +320,7 @@ def test_directions_are_decoder_rows_whatever_bias_and_scale():
 # ---- what training must reach -------------------------------------------------------------------
 
 
-def test_a_short_training_recovers_most_of_a_dictionary(tmp_path: Path):
+def test_a_short_training_recovers_most_of_a_dictionary(tmp_path: Path, no_pictures: None):
     """96 features in 32 dimensions, 150,016 rows, 293 steps; about 10 s of one core.
 
     A mean vector of norm 20 makes centring matter, and a high learning rate makes AuxK matter. Seeds 0 to 3
