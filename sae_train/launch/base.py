@@ -26,10 +26,12 @@ class Job:
     Attributes:
         name: unique in its folder; letters, digits, dots, dashes and underscores.
         args: what follows `sae-train` on the command line, verb first.
+        alone: one process, with one GPU where the others have some: what harvests cannot share its work.
     """
 
     name: str
     args: tuple[str, ...]
+    alone: bool = False
 
 
 @dataclass(frozen=True)

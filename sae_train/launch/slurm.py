@@ -15,7 +15,7 @@ import os
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from sae_train.errors import InputError, StoppedEarly
@@ -61,7 +61,11 @@ class Slurm:
             refuse_secrets(list(job.args), f"job {job.name}")
         refuse_secrets(asdict(self.config), "launch")
         logs = folder / LOGS
-        text = batch_script(self.config, jobs, logs, Path.cwd(), after)
+        config = self.config
+        if all(job.alone for job in jobs):
+            gpus = min(1, config.gpus_per_node)
+            config = replace(config, nodes=1, gpus_per_node=gpus, processes_per_node=1)
+        text = batch_script(config, jobs, logs, Path.cwd(), after)
         logs.mkdir(parents=True, exist_ok=True)
         self._listed = 0.0, {}
         answer = _command("sbatch", "--parsable", script=text)

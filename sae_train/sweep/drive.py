@@ -76,7 +76,7 @@ class Driver:
         if harvest.name in alive:
             self._adopt(alive[harvest.name])
         else:
-            (one,) = self.launcher.submit([Job(harvest.name, harvest.args)], self.jobs)
+            (one,) = self.launcher.submit([Job(harvest.name, harvest.args, alone=True)], self.jobs)
             self.started[harvest.name] = one
         return self.started[harvest.name].id
 

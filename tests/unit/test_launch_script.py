@@ -218,3 +218,19 @@ def test_where_a_run_is_launched_is_no_part_of_what_it_is():
     assert there.launch.gpus_per_node == 1
     assert run_folder(here) == run_folder(there)
     check_resume({"launch": {"nodes": 1}, "a": 1}, {"launch": {"nodes": 4}, "a": 1})
+
+
+def test_a_harvest_is_one_process_whatever_the_runs_that_wait_for_it_are(tmp_path, monkeypatch):
+    """Asked of an `sbatch` that takes any script: what a real one makes of it is tests/cluster's to say."""
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text("#!/bin/sh\ncat > /dev/null\necho 17\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}:/usr/bin:/bin")
+    launcher = Slurm(LaunchConfig(name="slurm", nodes=2, gpus_per_node=8))
+    for folder, job in (("h", Job("shards", ("harvest",), alone=True)), ("r", Job("run", ("train",)))):
+        launcher.submit([job], tmp_path / folder)
+    harvest, run = ((tmp_path / f / "logs" / "slurm-17.sh").read_text() for f in ("h", "r"))
+    assert "--nodes=1\n" in harvest and "--ntasks-per-node=1\n" in harvest
+    assert "--gpus-per-node=1\n" in harvest
+    assert "--nodes=2\n" in run and "--ntasks-per-node=8\n" in run and "--gpus-per-node=8\n" in run
