@@ -4,7 +4,8 @@
 
 Every module of sae_kernels.triton says in `cases` in which ways its kernels are launched at the shapes that
 count: dtypes, formats, options and tile sizes, in every combination (tests/kernels/test_launches.py sees to
-that). This takes some minutes; with --pairs it is enough that every two choices meet in one compilation.
+that). This takes some minutes; with --pairs it is enough that every two choices meet in one compilation,
+with --each that every choice is in one.
 Each is taken to machine code for NVIDIA's A100 (sm_80) and H100/H200 (sm_90) and AMD's
 MI300 (gfx942) with the assemblers that Triton ships, so that no GPU is needed. What is over budget fails:
 spilled registers, registers, shared memory, matrix or wide load instructions that should be there and are
@@ -184,8 +185,8 @@ def find_jobs(modules: list[ModuleType], archs: list[str], shapes: list[str]) ->
     return list(jobs.values()), sorted(wrong)
 
 
-def in_pairs(jobs: list[Job]) -> list[Job]:
-    """Jobs such that any two choices that a kernel is given are together in one; the architecture is one."""
+def few(jobs: list[Job], together: int) -> list[Job]:
+    """Jobs such that any so many choices that a kernel is given are in one together; the target is one."""
     kernels: dict[str, list[Job]] = {}
     for job in jobs:
         kernels.setdefault(job.kernel, []).append(job)
@@ -194,7 +195,7 @@ def in_pairs(jobs: list[Job]) -> list[Job]:
         choices = [
             {**j.case.types, **j.case.constants, "warps": j.case.num_warps, "arch": j.arch} for j in group
         ]
-        found += [group[number] for number in covering(choices)]
+        found += [group[number] for number in covering(choices, together)]
     return found
 
 
@@ -249,6 +250,7 @@ def main() -> int:
     parser.add_argument(
         "--pairs", action="store_true", help="a few compilations in which every two choices meet"
     )
+    parser.add_argument("--each", action="store_true", help="fewer still, in which every choice is made once")
     parser.add_argument("--workers", type=int, default=max(2, os.cpu_count() or 2))
     a = parser.parse_args()
     start = time.perf_counter()
@@ -256,7 +258,7 @@ def main() -> int:
     jobs = sorted(
         (j for j in jobs if re.search(a.kernel, j.kernel)), key=lambda j: (j.kernel, j.shapes, j.arch)
     )
-    jobs = in_pairs(jobs) if a.pairs else jobs
+    jobs = few(jobs, 1) if a.each else few(jobs, 2) if a.pairs else jobs
     results = build_all(jobs, a.workers)
     print(f"Triton {triton.__version__}; registers per thread, spilled registers, shared memory in KiB,")
     print("matrix instructions, loads of 16 bytes per thread, seconds to compile; warps and stages")

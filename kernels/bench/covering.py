@@ -9,11 +9,15 @@ from collections.abc import Hashable, Mapping, Sequence
 from itertools import combinations
 
 
-def covering(rows: Sequence[Mapping[str, Hashable]]) -> list[int]:
-    """Numbers of rows, ascending: each pair of (name, value) that some row has is in one of them."""
+def covering(rows: Sequence[Mapping[str, Hashable]], together: int = 2) -> list[int]:
+    """Numbers of rows, ascending: each pair of (name, value) that some row has is in one of them.
+
+    Args:
+        together: 1 for each (name, value) alone, 3 for three at a time.
+    """
     left: set[object] = set()
-    pairs = [set(combinations(sorted(row.items(), key=repr), 2)) for row in rows]
-    for number, row in enumerate(rows):  # a row of fewer than two choices stands for what it has
+    pairs = [set(combinations(sorted(row.items(), key=repr), together)) for row in rows]
+    for number, row in enumerate(rows):  # a row of fewer choices stands for what it has
         pairs[number] = pairs[number] or {(item,) for item in row.items()} or {()}
         left |= pairs[number]
     chosen = []

@@ -32,13 +32,13 @@ TINY = [
 
 
 @pytest.fixture(scope="module")
-def arguments(tiny_model_dir, tiny_corpus_dir) -> list[str]:
+def tiny_run(tiny_model_dir, tiny_corpus_dir) -> list[str]:
     return [f"model.name={tiny_model_dir('llama')}", f"corpus.name={tiny_corpus_dir}", *TINY]
 
 
 @pytest.fixture
-def tiny(arguments, no_pictures) -> list[str]:
-    return arguments
+def tiny(tiny_run, no_pictures) -> list[str]:
+    return tiny_run
 
 
 def results(run: Path) -> dict[str, float]:
@@ -57,10 +57,10 @@ def stop_before(patch: pytest.MonkeyPatch, steps: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def on_rows(arguments, zygote, tmp_path_factory) -> Path:
+def on_rows(tiny_run, zygote, tmp_path_factory) -> Path:
     """A run on rows, to go on from; leave it as it is."""
     run = tmp_path_factory.mktemp("rows") / "run"
-    zygote.run("train", *arguments, f"run.dir={run}", plots=False)
+    zygote.run("train", *tiny_run, f"run.dir={run}", plots=False)
     return run
 
 

@@ -102,9 +102,12 @@ def run_gate(*args: str, path: Path | None = None) -> subprocess.CompletedProces
     return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
-@pytest.mark.parametrize("pairs", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["pairs", "all"])
-def test_every_kernel_compiles_for_every_target_within_its_budgets(pairs):
-    out = run_gate(*(["--pairs"] if pairs else []))
+@pytest.mark.parametrize(
+    "which",
+    [["--each"], pytest.param(["--pairs"], marks=pytest.mark.slow), pytest.param([], marks=pytest.mark.slow)],
+)
+def test_every_kernel_compiles_for_every_target_within_its_budgets(which):
+    out = run_gate(*which)
     assert out.returncode == 0, out.stdout[-5000:] + out.stderr[-2000:]
     names = [m.name for m in pkgutil.iter_modules([str(KERNEL_FOLDER)])]
     with_kernels = {name for name in names if "@triton.jit" in (KERNEL_FOLDER / f"{name}.py").read_text()}
@@ -125,6 +128,8 @@ def test_every_two_choices_meet_in_one_of_few_combinations(monkeypatch):
         assert {(row[one], row[other]) for row in few} == {(row[one], row[other]) for row in rows}
     assert covering([{"only": 1}, {"only": 2}]) == [0, 1]
     assert covering([{}]) == [0]
+    each = [rows[i] for i in covering(rows, 1)]
+    assert len(each) == 3 and all({row[n] for row in each} == {row[n] for row in rows} for n in names)
 
 
 @pytest.fixture(scope="module")

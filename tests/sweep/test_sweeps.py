@@ -218,6 +218,7 @@ def test_a_killed_sweep_repeats_nothing_that_is_done(zygote, orphan, tmp_path):
     assert len(table(folder)) == 6
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_asked_to_stop_saves_its_run_and_goes_on(zygote, tmp_path):
     folder = tmp_path / "s"
     args = [*SHORT, *LONGER, "train.accumulate=1,2", f"sweep.dir={folder}"]
@@ -233,6 +234,7 @@ def test_a_sweep_that_is_asked_to_stop_saves_its_run_and_goes_on(zygote, tmp_pat
     assert len(table(folder)) == 2
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_reported_with_its_reason_and_the_others_end(zygote, tmp_path):
     folder = tmp_path / "s"
     args = [*SHORT, "train.tokens=640,999999", f"sweep.dir={folder}"]
