@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sae_train.cli.multirun import MULTIRUN
 from sae_train.config import register
 from sae_train.errors import InputError, NumericsError, StoppedEarly
 from sae_train.files import CorruptFile
@@ -134,7 +135,7 @@ def run_composed(verb: str, args: list[str], task: Callable[[DictConfig], int]) 
     flags = [arg for arg in args if arg.startswith("-")]
     if not flags:
         return task(compose(verb, args))
-    if not {"-m", "--multirun", "--config-dir", "-cd"} & set(flags):
+    if not {*MULTIRUN, "--config-dir", "-cd"} & set(flags):
         compose(verb, [arg for arg in args if re.match(r"[~+]*[A-Za-z_./@:]+=", arg)])
     register()
     GlobalHydra.instance().clear()

@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from sae_train.cli.multirun import MULTIRUN
 from sae_train.errors import InputError
 from sae_train.launch.base import IN_A_JOB, LAUNCHERS, Job, Launcher, Started, State
 from sae_train.launch.config import LaunchConfig
@@ -16,8 +17,6 @@ from sae_train.launch.record import JOBS, read_jobs
 from sae_train.ranks import started
 from sae_train.redact import printable
 from sae_train.sweep.axes import spelt
-
-MULTIRUN = ("-m", "--multirun")
 
 
 def goes_elsewhere(config: LaunchConfig) -> bool:

@@ -9,6 +9,7 @@ import sys
 import traceback
 
 from sae_train.cli.help import overview
+from sae_train.cli.multirun import is_sweep
 from sae_train.cli.output import tolerate_lost_messages
 from sae_train.cli.signals import StopSignals
 from sae_train.errors import InputError, NumericsError, StoppedEarly
@@ -49,13 +50,6 @@ def one_arena() -> None:
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
-
-
-def is_sweep(args: list[str]) -> bool:
-    """Whether arguments of `train` ask for a sweep: -m, unless with keys of Hydra's own multirun."""
-    return bool({"-m", "--multirun"} & set(args)) and not any(
-        arg.startswith(("hydra.", "hydra/")) for arg in args
-    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_train.cli.compose import Composer
+from sae_train.cli.multirun import HYDRAS, MULTIRUN
 from sae_train.config import Config, to_config
 from sae_train.demo import resolve as demo
 from sae_train.errors import InputError
@@ -27,7 +28,6 @@ from sae_train.sweep.options import PREFIX, SweepConfig, read_options
 from sae_train.sweep.points import Point
 from sae_train.sweep.summary import Sweep
 
-MULTIRUN = ("-m", "--multirun")
 RECORD = "sweep.json"
 FORMAT = 1
 
@@ -91,7 +91,7 @@ def take_apart(args: Sequence[str]) -> Setting:
         if arg.startswith("-"):
             raise InputError("sweep", arg, "key=value; flags are for sae-train train")
         key = parsed(arg).key_or_group
-        if key.startswith(("hydra.", "hydra/")):
+        if key.startswith(HYDRAS):
             wanted = "sweep.dir and launch=NAME; Hydra's own multirun is sae-train train -m with these keys"
             raise InputError(key, arg.partition("=")[2], wanted)
         if key == "run.dir":

@@ -1,21 +1,15 @@
-"""One HTML page that tells what a run did: numbers, what they mean, plots, time, configuration.
-
-The page holds everything it shows: images as data, style inline, no script, nothing fetched; its content
-security policy forbids the rest. Every text in it may come from a corpus, a hub or a user, so it is
-escaped by the template engine, cleared of secrets, and its control characters are made visible.
-"""
+"""One HTML page that tells what a run did: numbers, what they mean, plots, time, configuration."""
 
 import base64
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from sae_train.files import write_bytes
-from sae_train.redact import printable, redact
+from sae_train.report.page import clean, rendered
 from sae_train.report.table import HEADLINE, METRICS, Shown, about, complete, ordered, shown
 
 CAPTIONS = {
@@ -106,36 +100,28 @@ def write_report(path: Path, data: ReportData) -> Path:
         path: HTML file to write.
         data: what to show. A plot whose file is missing is an error: FileNotFoundError.
     """
-    from jinja2 import Environment, StrictUndefined
-
-    template = resources.files("sae_train.report").joinpath("template.html").read_text(encoding="utf-8")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.from_string(template).render(
-        title=_text(data.title),
+    page = rendered(
+        "sae_train.report",
+        "template.html",
+        title=clean(data.title),
         headline=_headline(data),
-        warnings=[_text(line) for line in data.warnings],
+        warnings=[clean(line) for line in data.warnings],
         members=[_member(member) for member in data.members],
         plots=_images(data.plots),
         time=[
-            (_text(name), f"{spent:,.1f}", f"{100 * share:.1f}", 100 * share)
+            (clean(name), f"{spent:,.1f}", f"{100 * share:.1f}", 100 * share)
             for name, spent, share in data.time
         ],
         waited=f"{data.summary['waited_s']:,.1f} s" if data.summary.get("waited_s") else "",
         filters=_filters(data.filters),
-        command=_text(data.command),
-        config=_text(
+        command=clean(data.command),
+        config=clean(
             yaml.safe_dump(_plain(data.run), sort_keys=False, allow_unicode=True, width=100), keep="\n"
         ),
-        versions={_text(name): _text(version) for name, version in data.versions.items()},
+        versions={clean(name): clean(version) for name, version in data.versions.items()},
     )
     write_bytes(path, page.encode("utf-8"))
     return path
-
-
-def _text(value: Any, keep: str = "") -> str:
-    return printable(str(redact(str(value))), keep)
 
 
 def _plain(value: Any) -> Any:
@@ -186,10 +172,10 @@ def _headline(data: ReportData) -> list[dict[str, str]]:
 def _member(member: MemberReport) -> dict[str, Any]:
     numbers = complete(member.metrics)
     known = {name: about(name) or Shown(name, str, "") for name in ordered(numbers)}
-    rows = [(_text(m.label), shown(name, numbers[name]), m.better, m.meaning) for name, m in known.items()]
+    rows = [(clean(m.label), shown(name, numbers[name]), m.better, m.meaning) for name, m in known.items()]
     return {
-        "name": _text(member.name),
-        "description": _text(member.description),
+        "name": clean(member.name),
+        "description": clean(member.description),
         "metrics": rows,
         "plots": _images(member.plots),
         "features": [_feature(feature) for feature in member.features],
@@ -203,7 +189,7 @@ def _feature(feature: FeatureReport) -> dict[str, Any]:
         "density": f"{100 * feature.density:.3g} %",
         "max_activation": f"{feature.max_activation:.3g}",
         "examples": [
-            [(_text(token), min(LEVELS, max(0, round(LEVELS * value / top)))) for token, value in example]
+            [(clean(token), min(LEVELS, max(0, round(LEVELS * value / top)))) for token, value in example]
             for example in feature.examples
         ],
     }
@@ -214,8 +200,8 @@ def _images(plots: Mapping[str, Path]) -> list[dict[str, str]]:
     ordered = {kind: plots[kind] for kind in CAPTIONS if kind in plots} | dict(plots)
     return [
         {
-            "kind": _text(kind),
-            "caption": CAPTIONS.get(kind, _text(kind)),
+            "kind": clean(kind),
+            "caption": CAPTIONS.get(kind, clean(kind)),
             "data": base64.b64encode(Path(file).read_bytes()).decode("ascii"),
         }
         for kind, file in ordered.items()
@@ -231,5 +217,5 @@ def _filters(counts: Mapping[str, int]) -> list[tuple[str, str, str]]:
         *(name for name in counts if name not in FILTERS),
     ]:
         share = f"{100 * counts[name] / seen:.2f} %" if seen and name != "seen" else ""
-        rows.append((FILTERS.get(name) or _text(name), f"{counts[name]:,}", share))
+        rows.append((FILTERS.get(name) or clean(name), f"{counts[name]:,}", share))
     return rows

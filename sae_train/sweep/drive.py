@@ -127,13 +127,11 @@ class Driver:
                     asked.update(ending)  # once: a second signal would end a run that is saving
                 stop.sleep(POLL_S)
         except stop.Interrupted as error:
-            self.launcher.leave()
             raise stop.Interrupted(
                 f"{error}: runs on this machine have saved; the same command continues"
             ) from None
-        except BaseException:
+        finally:
             self.launcher.leave()
-            raise
 
     def _restarted(self, states: dict[str, State]) -> bool:
         """Start once more what an earlier command left running and what has ended since, not done: nobody can
