@@ -1,6 +1,6 @@
 """Evaluation on held-out rows: documents that training never sees, harvested once and kept."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,8 +16,24 @@ from sae_train.registry import nearest
 from sae_train.sae.base import SAE
 from sae_train.shards.synthetic import Truth
 
-Splice = Callable[[Places, Callable[[Tensor], Tensor], list[Tensor], int], dict[str, float]]
-"""(hooks, reconstruct [n, d_in] -> [n, d_out], mean row of each output, tokens) -> cross-entropies."""
+
+@dataclass(frozen=True)
+class StandIn:
+    """What goes into the model in place of its own rows.
+
+    Attributes:
+        places: where.
+        reconstruct: [n, d_in] -> [n, d_out], the SAE.
+        means: [D] mean row of each output.
+    """
+
+    places: Places
+    reconstruct: Callable[[Tensor], Tensor]
+    means: list[Tensor]
+
+
+Splice = Callable[[Sequence[StandIn], int], list[dict[str, float]]]
+"""(one for each SAE, tokens) -> the cross-entropies of each."""
 
 
 @dataclass
@@ -31,7 +47,8 @@ class EvalConfig:
     ce_tokens: int = 8_192
     """Held-out tokens for cross-entropy with the SAE spliced into the model, at the end. 0 is off."""
     interval_ce_tokens: int = 2_048
-    """The same for evaluations while training; each costs four whole forward passes. 0 is off."""
+    """The same for evaluations while training. 0 is off. One forward pass of the model serves all SAEs; each
+    then needs one of the layers above it."""
     batch_tokens: int = 2_048
     metrics: list[str] = field(default_factory=lambda: ["fvu", "l0", "fidelity", "density"])
     outlier_multiple: float = 10.0
@@ -106,27 +123,46 @@ def build_metrics(names: list[str], d_in: int, d_sae: int) -> list[Metric]:
 
 @torch.no_grad()
 def evaluate(
-    sae: SAE,
-    places: Places,
+    saes: Sequence[tuple[SAE, Places]],
     heldout: HeldOut,
     config: EvalConfig,
     splice: Splice | None = None,
     ce_tokens: int = 0,
-) -> tuple[dict[str, float], list[Metric]]:
-    """Judge one SAE.
+) -> list[tuple[dict[str, float], list[Metric]]]:
+    """Judge SAEs. Those judged together share the language model's passes as far as they can.
 
     Args:
-        sae: any architecture, in training or published form.
-        places: which held-out rows it reads and reconstructs.
+        saes: each of any architecture, in training or published form, and which held-out rows it reads and
+            reconstructs.
         heldout: the rows.
         config: metrics and batch size.
-        splice: measures cross-entropy with the SAE in the layer's place; None leaves that out.
+        splice: measures cross-entropy with an SAE in the layer's place; None leaves that out.
         ce_tokens: on how many held-out tokens; 0 leaves it out.
 
     Returns:
-        Numbers by name, and the metric objects (histograms, held-out counts) behind them.
+        Of each, numbers by name, and the metric objects (histograms, held-out counts) behind them.
     """
+    results = [_reconstruction(sae, places, heldout, config) for sae, places in saes]
+    if splice is not None and ce_tokens > 0:
+        stand_ins = [
+            StandIn(places, _forward(sae), [heldout.mean(hook) for hook in places.outputs])
+            for sae, places in saes
+        ]
+        for (numbers, _), costs in zip(results, splice(stand_ins, ce_tokens), strict=True):
+            numbers |= costs
+    return results
+
+
+def _forward(sae: SAE) -> Callable[[Tensor], Tensor]:
+    """The SAE on rows of another device and dtype."""
     device = sae.input_scale.device
+    return lambda x: sae(x.to(device)).to(x.device, x.dtype)
+
+
+def _reconstruction(
+    sae: SAE, places: Places, heldout: HeldOut, config: EvalConfig
+) -> tuple[dict[str, float], list[Metric]]:
+    """What can be told from the rows alone."""
     metrics = build_metrics(config.metrics, sae.d_out, sae.d_sae)
     # One number over hooks of different norms says little about the smaller ones.
     several = places.outputs if len(places.outputs) > 1 else ()
@@ -153,13 +189,6 @@ def evaluate(
         numbers |= recovery.compute()
     numbers |= {f"fvu/{hook}": m.compute()["fvu"] for hook, m in zip(several, by_hook, strict=True)}
     numbers |= {f"fvu_first/{count}": metric.compute()["fvu"] for count, metric in first.items()}
-    if splice is not None and ce_tokens > 0:
-
-        def reconstruct(x: Tensor) -> Tensor:
-            return sae(x.to(device)).to(x.device, x.dtype)
-
-        means = [heldout.mean(hook) for hook in places.outputs]
-        numbers |= splice(places, reconstruct, means, ce_tokens)
     return numbers, metrics
 
 

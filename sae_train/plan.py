@@ -45,8 +45,8 @@ CHUNK_ROWS = 256
 GROUP_MAX_ELEMENTS = 16 << 20
 BLOCKS_BYTES = 100 * MIB
 """Temporaries of an optimizer step in blocks (bfloat16 moments, active rows): measured, at any width."""
-SPLICE_TOKENS, SPLICE_ROWS = 1_024, 256
-"""As in harvest/splice.py: tokens whose logits are held, and rows whose log-softmax is taken, at once."""
+SPLICE_TOKENS, SPLICE_NUMBERS = 1_024, {"cpu": 2**20, "gpu": 2**24}
+"""As in harvest/splice.py: tokens whose logits are held, and numbers whose log-softmax is taken, at once."""
 SYNTHETIC_BLOCK = 8_192
 
 
@@ -293,7 +293,8 @@ def _judging(job: Job, members: list[MemberShape]) -> int:
     model, length = job.model, job.config.corpus.context_length
     tokens = max(1, SPLICE_TOKENS // length) * length
     hidden = tokens * model.itemsize * 3 * (model.width + model.widest)
-    logits = 2 * tokens * model.vocabulary * model.itemsize + SPLICE_ROWS * model.vocabulary * 4 * 5
+    softmax = max(model.vocabulary, SPLICE_NUMBERS["gpu" if job.gpu else "cpu"])
+    logits = 2 * tokens * model.vocabulary * model.itemsize + softmax * 4 * 5
     return max(codes, hidden, logits)
 
 

@@ -67,10 +67,11 @@ def judge(composed: DictConfig) -> int:
             widths = read.widths(wired.source.dims)
             if sae.widths != widths:
                 raise InputError("run", str(path), f"an SAE of {widths}, not {sae.widths}")
-            results[path.name], _ = evaluate(
-                sae, read, heldout, config.eval, wired.splice, config.eval.ce_tokens
+            [(numbers, _)] = evaluate(
+                [(sae, read)], heldout, config.eval, wired.splice, config.eval.ce_tokens
             )
-            write_json(path / "eval.json", finite(results[path.name]))
+            results[path.name] = numbers
+            write_json(path / "eval.json", finite(numbers))
     finally:
         wired.source.close()
     print_results(results)

@@ -3,19 +3,18 @@
 import math
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
-from torch import Tensor
 
 from sae_train import stop
 from sae_train.cli.artifacts import artifacts
 from sae_train.cli.wire import Wired
 from sae_train.config import Config, as_tree
-from sae_train.evaluate import HeldOut, Splice, evaluate
+from sae_train.evaluate import HeldOut, Splice, StandIn, evaluate
 from sae_train.files import write_json
 from sae_train.log import MetricLog, read_metrics
 from sae_train.metrics.base import Metric
@@ -23,7 +22,6 @@ from sae_train.metrics.density import Density
 from sae_train.metrics.l0 import L0
 from sae_train.metrics.sharing import decoder_shares
 from sae_train.metrics.twins import COSINE, twins
-from sae_train.places import Places
 from sae_train.ranks import Ranks
 from sae_train.report import plots
 from sae_train.report.card import describe, write_card
@@ -32,7 +30,7 @@ from sae_train.report.table import final_table, final_text, time_table
 from sae_train.sae.io import save_sae
 from sae_train.stats import FeatureStats, write_features
 from sae_train.train.clock import Clock, time_shares
-from sae_train.train.members import Member, WholeMember
+from sae_train.train.members import Member, WholeMember, judged_together
 from sae_train.train.record import RunRecord
 from sae_train.train.state import TrainState
 
@@ -60,20 +58,18 @@ def finish(
     own: dict[str, dict[str, float]] = {}
     found: dict[str, list[Metric]] = {}
     alike: list[str] = []
-    for member in state.members:
-        if (whole := member.whole()) is None:
-            continue
+    for wholes in judged_together(state.members):
         with clock.phase("evaluation"):
-            own[member.name], found[member.name] = evaluate(
-                whole.sae,
-                whole.places,
+            judged = evaluate(
+                [(whole.sae, whole.places) for whole in wholes],
                 heldout,
                 config.eval,
                 timed(wired.splice, clock),
                 config.eval.ce_tokens,
             )
-        own[member.name]["dead"] = whole.dead()
-        alike += same_latents(whole)
+        for each, (numbers, metrics) in zip(wholes, judged, strict=True):
+            own[each.name], found[each.name] = numbers | {"dead": each.dead()}, metrics
+            alike += same_latents(each)
     results = in_order(ranks.gather(own), record)
     if log is not None:
         for name, numbers in results.items():
@@ -183,11 +179,9 @@ def timed(splice: Splice | None, clock: Clock) -> Splice | None:
     if splice is None:
         return None
 
-    def measure(
-        places: Places, reconstruct: Callable[[Tensor], Tensor], means: list[Tensor], tokens: int
-    ) -> dict[str, float]:
+    def measure(stand_ins: Sequence[StandIn], tokens: int) -> list[dict[str, float]]:
         with clock.phase("model forward"):
-            return splice(places, reconstruct, means, tokens)
+            return splice(stand_ins, tokens)
 
     return measure
 

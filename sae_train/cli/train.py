@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -278,16 +279,19 @@ def _train(
                 for member in built:
                     member.initialise(rows)
                 del rows  # views of a whole shard
-        splice = timed(wired.splice, clock)
         trainer = Trainer(
             stepper=stepper,
             clock=clock,
             log=log,
             progress=progress,
             saver=saver,
-            evaluate=lambda whole: evaluate(
-                whole.sae, whole.places, heldout, config.eval, splice, config.eval.interval_ce_tokens
-            )[0],
+            evaluate=partial(
+                evaluate,
+                heldout=heldout,
+                config=config.eval,
+                splice=timed(wired.splice, clock),
+                ce_tokens=config.eval.interval_ce_tokens,
+            ),
             batch_tokens=config.train.batch_tokens,
             log_every=config.logger.every,
             eval_every=eval_every,

@@ -5,8 +5,9 @@ names, context length, tokenizer and the corpus first, weights last.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -19,18 +20,17 @@ from sae_train.cli.language_model import CheckWidths, load_language_model
 from sae_train.config import Config
 from sae_train.demo import resolve as demo
 from sae_train.errors import InputError
-from sae_train.evaluate import HeldOut, Splice, collect, ordinary_rows
+from sae_train.evaluate import HeldOut, Splice, StandIn, collect, ordinary_rows
 from sae_train.harvest.corpus import Documents
 from sae_train.harvest.end_to_end import EndToEnd
 from sae_train.harvest.filters import keep_mask
 from sae_train.harvest.harvester import Harvester
 from sae_train.harvest.hooks import OTHER, is_other
 from sae_train.harvest.kinds import is_causal_lm
-from sae_train.harvest.splice import SpliceResult, splice_report
+from sae_train.harvest.splice import Spliced, SpliceResult, splice_reports
 from sae_train.harvest.stream import StreamRows
 from sae_train.harvest.window_source import WindowSource
 from sae_train.harvest.windows import Windows, WindowStream
-from sae_train.places import Places
 from sae_train.ranks import ALONE, Ranks
 from sae_train.registry import nearest
 from sae_train.shards.disk import DiskShards
@@ -193,20 +193,28 @@ def _stream(
             whole, {key: ordinary_rows(x, config.eval.outlier_multiple) for key, x in whole.items()}
         )
 
-    def splice(
-        places: Places, reconstruct: Callable[[Tensor], Tensor], means: list[Tensor], tokens: int
-    ) -> dict[str, float]:
+    def splice(stand_ins: Sequence[StandIn], tokens: int) -> list[dict[str, float]]:
         sites = {site.key: site for site in lm.sites}
-        inputs, outputs = ([sites[key] for key in keys] for keys in (places.inputs, places.outputs))
-        if not any(causal[site.other] for site in outputs):
-            return {}
+        saes = [
+            Spliced(
+                [sites[key] for key in one.places.inputs],
+                [sites[key] for key in one.places.outputs],
+                one.reconstruct,
+                one.means,
+            )
+            for one in stand_ins
+        ]
+        can = [any(causal[site.other] for site in sae.outputs) for sae in saes]
         count = ceil(tokens / length)
         w, mask = judged[0], masks[0]
         some = Windows(w.tokens[:count], w.valid[:count], w.starts[:count], w.index[:count])
         with harvester.model_lock:
-            return splice_report(
-                lm.model, some, mask[:count], inputs, outputs, reconstruct, means, lm.other, ablated[count]
+            reports = iter(
+                splice_reports(
+                    lm.model, some, mask[:count], list(compress(saes, can)), lm.other, ablated[count]
+                )
             )
+        return [next(reports) if able else {} for able in can]
 
     def heldout_shards() -> ShardStream:
         keep_sinks = replace(config.filter, sinks=False)

@@ -1,9 +1,9 @@
 """The language model's own loss with an SAE in its place: what end-to-end fine-tuning minimises.
 
-One forward without gradients reads the rows and the clean predictions; a second one, through the frozen
-model, has the reconstruction at the ordinary positions of every hook that is reconstructed; gradients flow
-back through the layers above into it. The predictions that count are those of `splice`, so what is minimised
-here is what evaluation reports as kl_sae or ce_sae.
+One forward without gradients reads the rows and the clean predictions; in a second one, of the frozen model's
+layers from there upwards, the reconstruction is at the ordinary positions of every hook that is
+reconstructed; gradients flow back through those layers into it. The predictions that count are those of
+`splice`, so what is minimised here is what evaluation reports as kl_sae or ce_sae.
 
 Source: Braun et al. 2024, "Identifying Functionally Important Features with End-to-End Sparse Dictionary
 Learning" (arXiv:2405.12241); a short fine-tuning at the end of training gives most of it: Karvonen 2025,
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sae_train.batch import Batch
+from sae_train.harvest.above import Above
 from sae_train.harvest.capture import hooked
 from sae_train.harvest.filters import FilterConfig, keep_mask
 from sae_train.harvest.harvester import inputs
@@ -39,6 +40,7 @@ class Read:
         windows: the tokens.
         mask: [B, T] bool, the ordinary positions.
         clean: [m, V] log-probabilities of the predictions that count; empty if they are not needed.
+        above: the layers that see what the SAE makes.
     """
 
     batch: Batch
@@ -46,6 +48,7 @@ class Read:
     windows: Windows
     mask: Tensor
     clean: Tensor
+    above: Above
 
 
 class EndToEnd:
@@ -79,15 +82,17 @@ class EndToEnd:
         def keep(key: str, x: Tensor) -> None:
             seen[key] = x.clone()  # the model may go on to change it in place
 
+        outputs = [self.sites[key] for key in places.outputs]
+        above = Above(self.model, outputs)
         visits = {self.sites[key]: lambda x, key=key: keep(key, x) for key in places.hooks}
-        with hooked(self.model, visits):
+        with hooked(self.model, visits), above.remembering():
             logits = self.model(**inputs(self.model, windows.tokens, windows.valid)).logits
         mask, _, _ = keep_mask(seen, windows.tokens, windows.valid, self.special_ids, self.filters)
         clean = logits.new_zeros(0, dtype=torch.float32)
         if self.loss_name == "kl":
             clean = logits[counted(mask, windows.valid)].float().log_softmax(dim=-1)
         batch = places.batch({key: x[mask].float() for key, x in seen.items()})
-        return Read(batch, [self.sites[key] for key in places.outputs], windows, mask, clean)
+        return Read(batch, outputs, windows, mask, clean, above)
 
     def loss(self, read: Read, y_hat: Tensor, widths: tuple[int, ...]) -> Tensor:
         """Mean over the predictions that count, in nats, with gradients in y_hat; 0 if none counts.
@@ -107,7 +112,7 @@ class EndToEnd:
             site: lambda x, part=part: put(x, part) for site, part in zip(read.outputs, parts, strict=True)
         }
         windows = read.windows
-        with hooked(self.model, visits):
+        with hooked(self.model, visits), read.above.alone():
             logits = self.model(**inputs(self.model, windows.tokens, windows.valid)).logits
         chosen = counted(read.mask, windows.valid).to(logits.device)
         if not bool(chosen.any()):

@@ -22,6 +22,7 @@ cross-entropies. KL is KL(clean || replaced) per counted prediction. All in nats
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 
 from sae_train import stop
 from sae_train.errors import InputError
+from sae_train.harvest.above import Above
 from sae_train.harvest.capture import hooked
 from sae_train.harvest.harvester import inputs
 from sae_train.harvest.hooks import Site
@@ -42,8 +44,12 @@ Replace = Callable[[Tensor], Tensor]
 FORWARD_TOKENS = 1024
 """Tokens whose logits are held at once: 1,024 x 49,152 in float32 is 200 MB, and KL needs two of them."""
 
-SOFTMAX_ROWS = 256
-"""Rows whose log-softmax is taken at once, in float32: 50 MB at a vocabulary of 49,152."""
+SOFTMAX_NUMBERS = {"cpu": 2**20}
+"""Numbers whose log-softmax is taken at once, in float32: 4 MB stay in a processor's cache, which is four
+times as fast as 50 MB that do not."""
+
+SOFTMAX_NUMBERS_ELSEWHERE = 2**24
+"""Enough to keep a device busy."""
 
 
 @dataclass(frozen=True)
@@ -107,94 +113,148 @@ def cross_entropy(
     return _together(parts)
 
 
+@dataclass(frozen=True)
+class Spliced:
+    """What goes into the models in place of their rows.
+
+    Attributes:
+        inputs, outputs: what the SAE reads and what it reconstructs.
+        reconstruct: rows of all inputs side by side [n, d_in] -> rows of all outputs [n, d_out], the SAE.
+        means: [D] mean of ordinary rows of each output, for mean-ablation.
+    """
+
+    inputs: Sequence[Site]
+    outputs: Sequence[Site]
+    reconstruct: Replace
+    means: Sequence[Tensor]
+
+    @property
+    def affected(self) -> list[bool]:
+        """Which models change: of each `Site.other` once."""
+        return list(dict.fromkeys(site.other for site in self.outputs))
+
+    def ablation(self, name: str, of: bool) -> tuple[str, ...]:
+        """What ablating the outputs in one model is known by."""
+        return (name, *(site.key for site in self.outputs if site.other == of))
+
+    def ways(self, made: Tensor) -> dict[str, dict[Site, Replace]]:
+        """What to do at each output: put there what the SAE made [n, d_out], zeros, or the mean."""
+        rows = made.split([len(mean) for mean in self.means], dim=-1)
+        return {
+            "sae": {site: _constant(new) for site, new in zip(self.outputs, rows, strict=True)},
+            "zero": dict.fromkeys(self.outputs, torch.zeros_like),
+            "mean": {site: _constant(mean) for site, mean in zip(self.outputs, self.means, strict=True)},
+        }
+
+
 def splice_report(
     model: nn.Module,
     windows: Windows,
     mask: Tensor,
-    inputs: Sequence[Site],
-    outputs: Sequence[Site],
-    reconstruct: Replace,
-    means: Sequence[Tensor],
+    sae: Spliced,
+    other: nn.Module | None = None,
+) -> dict[str, float]:
+    """`splice_reports` of one SAE."""
+    return splice_reports(model, windows, mask, [sae], other)[0]
+
+
+def splice_reports(
+    model: nn.Module,
+    windows: Windows,
+    mask: Tensor,
+    saes: Sequence[Spliced],
     other: nn.Module | None = None,
     ablated: dict[tuple[str, ...], SpliceResult] | None = None,
-) -> dict[str, float]:
+) -> list[dict[str, float]]:
     """What replacing rows by their reconstruction costs, next to zero- and mean-ablation.
+
+    The unchanged model runs once for all SAEs, and for each of them only the layers from its outputs upwards.
 
     Args:
         model: the model that sites without `other` are in.
         windows: [B, T] held-out tokens.
         mask: [B, T] bool, the ordinary positions.
-        inputs, outputs: what the SAE reads and what it reconstructs.
-        reconstruct: rows of all inputs side by side [n, d_in] -> rows of all outputs [n, d_out], the SAE.
-        means: [D] mean of ordinary rows of each output, for mean-ablation.
+        saes: each by itself; where several stand in one place, that is ablated once.
         other: the second model, which sites with `other` are in.
         ablated: what ablation gave for these windows, masks and means before, by name and sites; added to.
-            Two of four forward passes are spared where another SAE, or this one earlier, stood there.
 
     Returns:
-        ce_clean, ce_sae, ce_zero, ce_mean, kl_sae (nats per prediction), recovered_zero, recovered_mean (1 =
-        nothing lost, 0 = no better than the ablation; NaN where the ablation costs nothing), tokens (number
-        of predictions). Of an SAE that reconstructs both models, the second's are under "other/". A model
-        that predicts nothing, or of which nothing is reconstructed, has no scores.
+        Of each SAE: ce_clean, ce_sae, ce_zero, ce_mean, kl_sae (nats per prediction), recovered_zero,
+        recovered_mean (1 = nothing lost, 0 = no better than the ablation; NaN where the ablation costs
+        nothing), tokens (number of predictions). Of an SAE that reconstructs both models, the second's are
+        under "other/". A model that predicts nothing, or of which nothing is reconstructed, has no scores.
 
     Raises:
         InputError: no model of those reconstructed is a causal LM, or no prediction can be counted.
     """
     home = next(model.parameters()).device  # of the SAE; a model on several has its hooks elsewhere too
     models = {False: model} if other is None else {False: model, True: other}
-    affected = list(dict.fromkeys(site.other for site in outputs))
-    scored = [of for of in affected if is_causal_lm(models[of])]
-    if not scored:
-        _check_causal(models[affected[0]])
-    ways: dict[str, dict[Site, Replace]] = {
-        "zero": dict.fromkeys(outputs, torch.zeros_like),
-        "mean": {site: _constant(mean) for site, mean in zip(outputs, means, strict=True)},
+    causal = {of: is_causal_lm(one) for of, one in models.items()}
+    for sae in saes:
+        if not any(causal[of] for of in sae.affected):
+            _check_causal(models[sae.affected[0]])
+    scored = [[of for of in sae.affected if causal[of]] for sae in saes]
+    affected = {of for of in models if any(of in own for own in scored)}
+    above = {
+        (of, sae.ablation("", of)): Above(models[of], [site for site in sae.outputs if site.other == of])
+        for sae, own in zip(saes, scored, strict=True)
+        for of in own
     }
-    parts: dict[bool, dict[str, list[SpliceResult]]] = {of: defaultdict(list) for of in scored}
     ablated = {} if ablated is None else ablated
-    keys = {
-        (of, name): (name, *(site.key for site in outputs if site.other == of))
-        for of in scored
-        for name in ways
+    new: dict[tuple[str, ...], list[SpliceResult]] = {
+        key: []
+        for sae, own in zip(saes, scored, strict=True)
+        for of in own
+        for name in ("zero", "mean")
+        if (key := sae.ablation(name, of)) not in ablated
     }
-    known = {(of, name) for (of, name), key in keys.items() if key in ablated}
-    for part in _chunks(windows, len(scored)):
-        stop.check()
+    whole: dict[bool, list[SpliceResult]] = defaultdict(list)
+    parts: list[dict[bool, list[SpliceResult]]] = [defaultdict(list) for _ in saes]
+    for number, part in enumerate(_chunks(windows, len(affected))):
         tokens, valid, chosen = windows.tokens[part], windows.valid[part], mask[part]
         read: dict[Site, Tensor] = {}
         clean: dict[bool, Tensor] = {}
         for of, one in models.items():
-            keep = {site: _keep(read, site) for site in inputs if site.other == of}
-            if of in scored:
-                clean[of] = logits(one, tokens, valid, chosen, keep)
-            elif keep:
-                _forward(one, tokens, valid, chosen, keep)
-        made = reconstruct(torch.cat([read[site].to(home) for site in inputs], dim=-1))
-        rows = made.split([len(mean) for mean in means], dim=-1)
-        ways["sae"] = {site: _constant(new) for site, new in zip(outputs, rows, strict=True)}
-        for of in scored:
-            parts[of]["clean"].append(score(clean[of], tokens, valid, chosen))
-            for name in ("sae", "zero", "mean"):
-                if (of, name) in known:
-                    continue
-                own = {site: way for site, way in ways[name].items() if site.other == of}
-                replaced = logits(models[of], tokens, valid, chosen, own)
-                against = clean[of] if name == "sae" else None
-                parts[of][name].append(score(replaced, tokens, valid, chosen, against))
-    for (of, name), key in keys.items():
-        if key not in ablated:
-            ablated[key] = _together(parts[of][name])
-        parts[of][name] = [ablated[key]]
-    report: dict[str, float] = {}
-    for of in scored:
-        prefix = "other/" if of and len(affected) > 1 else ""
-        report |= {prefix + key: value for key, value in _scores(parts[of]).items()}
-    return report
+            stop.check()
+            keep = {site: _keep(read, site) for sae in saes for site in sae.inputs if site.other == of}
+            with ExitStack() as stack:
+                for (where, _), upper in above.items():
+                    if where == of:
+                        stack.enter_context(upper.remembering())
+                if of in affected:
+                    clean[of] = logits(one, tokens, valid, chosen, keep)
+                    whole[of].append(score(clean[of], tokens, valid, chosen))
+                elif keep:
+                    _forward(one, tokens, valid, chosen, keep)
+        for sae, own, results in zip(saes, scored, parts, strict=True):
+            made = sae.reconstruct(torch.cat([read[site].to(home) for site in sae.inputs], dim=-1))
+            for name, ways in sae.ways(made).items():
+                for of in own:
+                    key = sae.ablation(name, of)
+                    if name != "sae" and (key not in new or len(new[key]) > number):
+                        continue  # known, or another SAE stands in the same place
+                    stop.check()
+                    with above[of, sae.ablation("", of)].alone():
+                        way = {site: put for site, put in ways.items() if site.other == of}
+                        replaced = logits(models[of], tokens, valid, chosen, way)
+                    against = clean[of] if name == "sae" else None
+                    result = score(replaced, tokens, valid, chosen, against)
+                    (results[of] if name == "sae" else new[key]).append(result)
+    ablated |= {key: _together(results) for key, results in new.items()}
+    reports = []
+    for sae, own, results in zip(saes, scored, parts, strict=True):
+        report: dict[str, float] = {}
+        for of in own:
+            sums = {"clean": _together(whole[of]), "sae": _together(results[of])}
+            sums |= {name: ablated[sae.ablation(name, of)] for name in ("zero", "mean")}
+            prefix = "other/" if of and len(sae.affected) > 1 else ""
+            report |= {prefix + key: value for key, value in _scores(sums).items()}
+        reports.append(report)
+    return reports
 
 
-def _scores(parts: Mapping[str, Sequence[SpliceResult]]) -> dict[str, float]:
+def _scores(sums: Mapping[str, SpliceResult]) -> dict[str, float]:
     """The numbers of one model, from what each way of running it gave."""
-    sums = {name: _together(results) for name, results in parts.items()}
     if not sums["clean"].num_tokens:
         raise InputError("eval", "held-out windows", "at least one ordinary token with a token after it")
     report = {f"ce_{name}": result.ce for name, result in sums.items()}
@@ -262,8 +322,9 @@ def score(
     target = tokens.to(device)[window, position + 1]
     nll = torch.zeros(len(tokens), dtype=torch.float64, device=device)
     kl_sum = torch.zeros_like(nll)
-    for start in range(0, len(window), SOFTMAX_ROWS):
-        part = slice(start, start + SOFTMAX_ROWS)
+    at_once = max(1, SOFTMAX_NUMBERS.get(device.type, SOFTMAX_NUMBERS_ELSEWHERE) // logits.shape[-1])
+    for start in range(0, len(window), at_once):
+        part = slice(start, start + at_once)
         rows, columns = window[part], position[part]
         p = logits[rows, columns].float()
         log_z = p.logsumexp(dim=-1)

@@ -1,7 +1,7 @@
 """Members: the SAEs that one run trains side by side on the same rows, each with its own recipe."""
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,10 +148,15 @@ class Member:
         if step % DEAD_REFRESH_STEPS == 0:
             self.dead = self.stats.dead(self.dead_after_tokens).nonzero().flatten()  # host synchronisation
 
+    @property
+    def averages(self) -> bool:
+        """Whether what is judged and published is an average of weights."""
+        return self.average is not None or averages_weights(self.optimizer)
+
     def trained(self) -> SAE:
         """The SAE to judge and to publish: the average of weights where one is kept. Of a divided SAE, what
         this process has of it."""
-        if self.average is None and not averages_weights(self.optimizer):
+        if not self.averages:
             return self.sae
         with published_weights(self.optimizer):
             sae = copy.deepcopy(self.sae if self.average is None else self.average.module)
@@ -246,3 +251,18 @@ def check_optimizer(config: OptimConfig, split: Split) -> None:
     if split.latents.size > 1 and config.name not in BY_ROWS:
         wanted = f"{' or '.join(BY_ROWS)} with mesh.feature={split.latents.size}: it looks at all latents"
         raise InputError("optim.name", config.name, wanted)
+
+
+def judged_together(members: Sequence[Member]) -> Iterator[list[WholeMember]]:
+    """What this process judges of these, in parts that share the language model's passes: first the SAEs that
+    it trains as they are judged, then one by one those that are made for it, from parts or as an average,
+    for which there is room once. All processes have to go through this."""
+
+    def made(member: Member) -> bool:
+        return member.averages or not member.split.whole
+
+    parts = [[member for member in members if not made(member)]]
+    parts += [[member] for member in members if made(member)]
+    for part in parts:
+        if wholes := [whole for member in part if (whole := member.whole()) is not None]:
+            yield wholes

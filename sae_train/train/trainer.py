@@ -17,9 +17,11 @@ from sae_train.batch import RowBatch
 from sae_train.errors import InputError, LostProcess, NumericsError, StoppedEarly
 from sae_train.log import MetricLog
 from sae_train.losses import fvu
+from sae_train.places import Places
 from sae_train.ranks import ALONE, Ranks
+from sae_train.sae.base import SAE
 from sae_train.train.clock import Clock
-from sae_train.train.members import Member, WholeMember
+from sae_train.train.members import Member, judged_together
 from sae_train.train.progress import Progress
 from sae_train.train.resample import resample_member
 from sae_train.train.saver import Saver
@@ -115,7 +117,7 @@ class Trainer:
         clock: where the time goes.
         log, progress: what people see; the lead alone has a log.
         saver: commits the state.
-        evaluate: judges a member on held-out rows; None leaves evaluation out.
+        evaluate: judges SAEs on held-out rows, numbers first; None leaves evaluation out.
         log_every, eval_every, save_every: steps; 0 is never.
         ranks: the processes of the run, each with some of its members.
     """
@@ -125,7 +127,7 @@ class Trainer:
     log: MetricLog | None
     progress: Progress
     saver: Saver
-    evaluate: Callable[[WholeMember], dict[str, float]] | None
+    evaluate: Callable[[list[tuple[SAE, Places]]], list[tuple[dict[str, float], Any]]] | None
     batch_tokens: int
     log_every: int
     eval_every: int
@@ -270,9 +272,10 @@ class Trainer:
         own: dict[str, dict[str, float]] = {}
         self.progress.phase("evaluating")
         with self.clock.phase("evaluation"):
-            for member in state.members:
-                if (whole := member.whole()) is not None:
-                    own[member.name] = self.evaluate(whole)
+            for wholes in judged_together(state.members):
+                judged = self.evaluate([(whole.sae, whole.places) for whole in wholes])
+                for whole, (numbers, _) in zip(wholes, judged, strict=True):
+                    own[whole.name] = numbers
         out = {name: numbers for part in self.ranks.gather(own) for name, numbers in part.items()}
         flat = {
             f"{name}/heldout/{key}": value for name, numbers in out.items() for key, value in numbers.items()

@@ -147,7 +147,7 @@ ENDS = {
     "last step": (at_step(40, send(TERM)), "trained and saved"),
     "last save": (call("sae_train.train.trainer:Trainer.save", send(TERM)), "trained and saved"),
     "last evaluation": (call("sae_train.cli.finish:evaluate", send(TERM)), "trained and saved"),
-    "cross-entropy": (call("sae_train.cli.wire:splice_report", send(TERM), nth=4), "trained and saved"),
+    "cross-entropy": (call("sae_train.cli.wire:splice_reports", send(TERM), nth=4), "trained and saved"),
 }
 
 

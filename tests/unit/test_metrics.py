@@ -134,7 +134,7 @@ def test_prefixes_of_a_matryoshka_sae_are_judged_by_what_they_reconstruct_withou
     sae.begin_step(3, 10)  # draws prefixes of its own where it is asked to
     x = torch.randn(50, 5)
     held = HeldOut({"h": x}, {"h": torch.ones(50, dtype=torch.bool)})
-    numbers, _ = evaluate(sae, Places(("h",)), held, EvalConfig(batch_tokens=16))
+    [(numbers, _)] = evaluate([(sae, Places(("h",)))], held, EvalConfig(batch_tokens=16))
     dense, variance = sae.encode(x).dense(), (x - x.mean(dim=0)).square().sum()
     for count in (3, 8):
         alone = dense.clone()

@@ -8,7 +8,7 @@ import torch
 from sae_train.errors import InputError
 from sae_train.harvest import splice
 from sae_train.harvest.hooks import resolve
-from sae_train.harvest.splice import cross_entropy, logits, splice_report
+from sae_train.harvest.splice import Spliced, cross_entropy, logits, splice_report, splice_reports
 from sae_train.harvest.windows import Windows
 
 EPS = 2.0**-24
@@ -99,7 +99,7 @@ def test_the_report_is_the_four_runs_and_scores_from_them(tiny_model):
     def shrink(rows):
         return 0.7 * rows
 
-    report = splice_report(model, windows, mask, [site], [site], shrink, [mean])
+    report = splice_report(model, windows, mask, Spliced([site], [site], shrink, [mean]))
     ce = {
         "clean": cross_entropy(model, windows, mask).ce,
         "sae": cross_entropy(model, windows, mask, {site: shrink}).ce,
@@ -123,9 +123,8 @@ def test_ablations_that_are_known_are_not_run_again_and_change_nothing(tiny_mode
 
     def report(site, known):
         passes.clear()
-        return splice_report(
-            model, windows, mask, [site], [site], lambda rows: 0.7 * rows, [mean], None, known
-        )
+        sae = Spliced([site], [site], lambda rows: 0.7 * rows, [mean])
+        return splice_reports(model, windows, mask, [sae], ablated=known)[0]
 
     first = report(here, ablated)
     assert len(passes) == 4
@@ -135,11 +134,49 @@ def test_ablations_that_are_known_are_not_run_again_and_change_nothing(tiny_mode
     assert other == report(there, {}) and other["ce_zero"] != first["ce_zero"]
 
 
+NAMES = ["resid_post.1", "resid_post.0", "mlp_out.1", "resid_pre.2", "attn_out.0", "embed"]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gpt_neox", "gemma2"])
+def test_several_saes_are_told_what_each_is_told_alone(model_type, tiny_model, monkeypatch):
+    monkeypatch.setattr(splice, "FORWARD_TOKENS", 2 * T)
+    model = tiny_model(model_type)
+    windows, mask = make_windows()
+    sites = [resolve(name, model) for name in NAMES]
+    mean = torch.linspace(-1, 1, 32)
+    saes = [
+        Spliced([site], [site], lambda rows, i=i: (0.4 + 0.1 * i) * rows, [mean])
+        for i, site in enumerate(sites)
+    ]
+    saes.insert(1, Spliced([sites[0]], [sites[0]], torch.zeros_like, [mean]))  # in the place of another
+    saes.append(
+        Spliced([sites[1]], [sites[0], sites[1]], lambda rows: torch.cat([rows, -rows], dim=1), [mean] * 2)
+    )
+    passes = []
+    model.register_forward_hook(lambda *args: passes.append(1))
+    together = splice_reports(model, windows, mask, saes)
+    chunks = 3
+    assert len(passes) == chunks * (1 + len(saes) + 2 * (len(saes) - 1))
+    assert together == [splice_report(model, windows, mask, sae) for sae in saes]
+    assert together[1]["ce_sae"] == together[0]["ce_zero"] != together[0]["ce_sae"]
+    for sae, report in zip(saes, together, strict=True):  # against passes of the whole model
+        if len(sae.outputs) == 1:
+            ways = {
+                "sae": sae.reconstruct,
+                "zero": torch.zeros_like,
+                "mean": lambda rows: mean.expand_as(rows),
+            }
+            whole = {
+                name: cross_entropy(model, windows, mask, {sae.outputs[0]: way}) for name, way in ways.items()
+            }
+            assert {f"ce_{name}": result.ce for name, result in whole.items()}.items() <= report.items()
+
+
 def test_a_perfect_reconstruction_recovers_everything(tiny_model):
     model = tiny_model("gpt2")
     windows, mask = make_windows()
     site = [resolve("mlp_out.1", model)]
-    report = splice_report(model, windows, mask, site, site, identity, [torch.zeros(32)])
+    report = splice_report(model, windows, mask, Spliced(site, site, identity, [torch.zeros(32)]))
     assert report["ce_sae"] == report["ce_clean"]
     assert report["ce_mean"] == report["ce_zero"]  # the mean given is zero
     assert (report["recovered_zero"], report["recovered_mean"], report["kl_sae"]) == (1.0, 1.0, 0.0)
@@ -151,7 +188,7 @@ def test_chunk_sizes_do_not_change_the_sums(tiny_model, monkeypatch):
     site = resolve("resid_post.1", model)
     whole = cross_entropy(model, windows, mask, {site: torch.zeros_like}, kl=True)
     monkeypatch.setattr(splice, "FORWARD_TOKENS", 2 * T)
-    monkeypatch.setattr(splice, "SOFTMAX_ROWS", 3)
+    monkeypatch.setitem(splice.SOFTMAX_NUMBERS, "cpu", 3 * V)
     chunked = cross_entropy(model, windows, mask, {site: torch.zeros_like}, kl=True)
     assert torch.equal(chunked.tokens, whole.tokens)
     # Matrix products cut differently move logits by some EPS; ten sums of values below 16.
@@ -185,4 +222,4 @@ def test_nothing_to_predict_is_an_error_and_not_a_nan(tiny_model):
     model = tiny_model("llama")
     site = [resolve("resid_post.1", model)]
     with pytest.raises(InputError, match="at least one ordinary token"):
-        splice_report(model, windows, mask & False, site, site, identity, [torch.zeros(32)])
+        splice_report(model, windows, mask & False, Spliced(site, site, identity, [torch.zeros(32)]))
