@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from distributed.hosts import CABLE, Host, connected, refusal
 from faults.tools import SYNTHETIC, at_step, differences, final_state, newest, resumed_at, send
 
 GRID = "grid={k: [2, 4], seed: [0, 1]}"
+C10D = ("--rdzv-backend=c10d", "--rdzv-endpoint=hosta:29400", "--rdzv-id=run")
 TIMEOUT_S = 5
 SHORT = ["source.lanes=4", GRID, "train.tokens=1280", "eval.every=20", f"mesh.timeout_s={TIMEOUT_S}"]
 """40 steps, a checkpoint every 5th."""
@@ -41,7 +42,14 @@ class Agent:
     """torchrun on one host; its worker runs Python first, then the command, and notes how it ended."""
 
     def __init__(
-        self, host: Host, folder: Path, args: list[str], options: list[str], before: str = ""
+        self,
+        host: Host,
+        folder: Path,
+        args: list[str],
+        options: list[str],
+        before: str = "",
+        meet: Sequence[str] = ("--nnodes=2", *C10D),
+        env: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = folder / host.name
         self.folder.mkdir(exist_ok=True)
@@ -52,23 +60,28 @@ from pathlib import Path
 from matplotlib.figure import Figure
 Figure.savefig = lambda self, path, **kwargs: Path(path).touch()
 from sae_train.cli.main import main
+with open({str(self.folder / "sizes")!r}, "a") as sizes:
+    print(os.environ["WORLD_SIZE"], file=sizes)
 code = main(["train", *{args!r}])
 with open({str(self.folder / "ends")!r}, "a") as ends:
     print(code, time.monotonic(), file=ends)
 sys.exit(code)
 """)
-        torchrun = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d"]
-        torchrun += ["--rdzv-endpoint=hosta:29400", "--rdzv-id=run", *options, str(script)]
+        torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=1", *meet, *options, str(script)]
         with open(self.folder / "out.txt", "a") as out:
             self.process = subprocess.Popen(
                 host.within(f"--wdns={os.getcwd()}", sys.executable, *torchrun),
                 stdout=out,
                 stderr=out,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                env=os.environ | {"OMP_NUM_THREADS": "1"} | dict(env or {}),
             )
 
     def text(self) -> str:
         return (self.folder / "out.txt").read_text(errors="replace")
+
+    def sizes(self) -> list[str]:
+        """Of how many processes its worker was one, each time it was started."""
+        return (self.folder / "sizes").read_text().split()
 
     def wait_for_end(self, timeout_s: float = 120) -> tuple[int, float]:
         """(exit code, when) of the first worker."""
@@ -152,3 +165,43 @@ def test_when_the_torchrun_that_has_the_store_is_killed_the_processes_of_both_ho
     assert step is not None and step >= 13
     assert f"another process was asked to stop: saved at step {step}" in agents[0].text()
     assert f"received SIGTERM: saved at step {step}" in agents[1].text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_hosts_that_join_and_leave_an_elastic_run_change_no_bit(hosts, zygote, tiny, tmp_path):
+    """One host begins alone, another joins, dies whole, and the first goes on alone to the end."""
+    args = [*tiny, *SHORT]
+    zygote.run("train", *args, f"run.dir={tmp_path / 'whole'}", plots=False)
+    joins, dies = tmp_path / "joins", tmp_path / "dies"
+    first = once(
+        joins, 8, "from sae_train import stop\n        while stop.reason() is None: time.sleep(0.05)"
+    )
+    last = once(dies, 23, "os.kill(os.getppid(), 9); os.kill(os.getpid(), 9)")
+    options = ["--max-restarts=3", "--rdzv-conf=last_call_timeout=2"]
+    meet, env = ("--nnodes=1:2", *C10D), {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    args.append(f"run.dir={tmp_path / 'run'}")
+    stays = Agent(hosts[0], tmp_path, args, options, first, meet, env)
+    while not joins.exists():
+        assert stays.process.poll() is None, stays.text()
+        time.sleep(0.05)
+    goes = Agent(hosts[1], tmp_path, args, options, last, meet, env)
+    assert goes.process.wait(120) == -9, goes.text()
+    assert stays.process.wait(150) == 0, stays.text()
+    assert (stays.sizes(), goes.sizes()) == (["1", "2", "1"], ["2"])
+    assert differences(final_state(tmp_path / "whole"), final_state(tmp_path / "run")) == []
+
+
+@pytest.mark.slow
+def test_a_static_torchrun_on_two_hosts_gives_the_bits_of_one_process(hosts, zygote, tiny, tmp_path):
+    args = [*tiny, *SHORT]
+    zygote.run("train", *args, f"run.dir={tmp_path / 'whole'}", plots=False)
+    args.append(f"run.dir={tmp_path / 'run'}")
+    address = ("--nnodes=2", "--master-addr=hosta", "--master-port=29500")
+    agents = [
+        Agent(host, tmp_path, args, [], meet=(*address, f"--node-rank={rank}"))
+        for rank, host in enumerate(hosts)
+    ]
+    assert [agent.process.wait(120) for agent in agents] == [0, 0], agents[0].text() + agents[1].text()
+    assert [agent.sizes() for agent in agents] == [["2"], ["2"]]
+    assert differences(final_state(tmp_path / "whole"), final_state(tmp_path / "run")) == []
