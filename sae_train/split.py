@@ -274,8 +274,11 @@ def divided(ranks: Ranks, config: MeshConfig) -> Split:
 
 
 def _keys(values: Tensor, latents: Tensor) -> Tensor:
-    """[N, K] int64 that stand in the order of (value, lower latent first), for values >= 0."""
-    size = (values.detach().float() + 0.0).contiguous().view(torch.int32).long()  # -0.0 would be negative
+    """[N, K] int64 that stand in the order of (value, lower latent first), for values >= 0; NaN is the
+    largest, so that what is not finite is chosen, and seen."""
+    values = (values.detach().float() + 0.0).contiguous()  # -0.0 would be negative
+    values = values.masked_fill(values.isnan(), torch.nan)  # as would a NaN that bfloat16 has been through
+    size = values.view(torch.int32).long()
     return (size << 32) | (HIGHEST - latents.long())
 
 

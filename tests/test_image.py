@@ -23,8 +23,9 @@ def make_image(tmp_path: Path, today: str) -> tuple[int, list[str]]:
     (tmp_path / "docker").write_text(DOCKER)
     (tmp_path / "docker").chmod(0o755)
     calls = tmp_path / "calls"
-    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(calls), "TODAY": today}
-    done = subprocess.run(["make", "image"], cwd=ROOT, env=os.environ | env, capture_output=True, timeout=60)
+    env = {name: value for name, value in os.environ.items() if name not in ("ARGS", "MAKEFLAGS")}
+    env |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(calls), "TODAY": today}
+    done = subprocess.run(["make", "image"], cwd=ROOT, env=env, capture_output=True, timeout=60)
     return done.returncode, calls.read_text().splitlines()
 
 

@@ -62,8 +62,8 @@ def topk_encode(x: Tensor, w: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor
     reference takes the smaller index; another backend may take another one, so its values are the
     same multiset, and its indices the same set but for such ties.
 
-    Under autocast x and w are rounded to the autocast dtype before they are multiplied (the product
-    may be rounded to it too); gradients are those of the unrounded product, summed in float32. On a GPU
+    Under autocast x and w are rounded to the autocast dtype before they are multiplied (the backend `torch`
+    rounds the product too); gradients are those of the unrounded product, summed in float32. On a GPU
     float32 operands are multiplied by torch, in TF32 where torch has been allowed that; rows whose candidates
     did not suffice (`fallbacks`) are encoded again in IEEE float32.
 

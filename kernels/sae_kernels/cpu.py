@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sae_kernels import chunked
+from sae_kernels import chunked, cpu_bf16
 from sae_kernels.chunked import (
     compressed,
     decode_residual_with,
@@ -67,25 +67,29 @@ def supports(op: str, *tensors: Tensor) -> str | None:
 
 def topk_encode(x: Tensor, w: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
     acc = accumulate_dtype(x, w, b)
-    product = preactivations(x, w, b, acc)
-    return encode_in_chunks(x, k, acc, _chunk_rows(w), lambda part: top_k(product(part), k))
+    if NATIVE_BF16 and x.dtype == w.dtype == torch.bfloat16 and k + cpu_bf16.SPARE < len(w):
+        codes = cpu_bf16.encoder(w, b, k, top_k, gather_dot)
+    else:
+        product = preactivations(w, b, acc)
+
+        def codes(part: Tensor) -> tuple[Tensor, Tensor]:
+            return top_k(product(part), k)
+
+    return encode_in_chunks(x, k, acc, _chunk_rows(w), codes)
 
 
 def _chunk_rows(w: Tensor) -> int:
     return max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // max(1, len(w)))
 
 
-def preactivations(x: Tensor, w: Tensor, b: Tensor, acc: torch.dtype) -> Callable[[Tensor], Tensor]:
+def preactivations(w: Tensor, b: Tensor, acc: torch.dtype) -> Callable[[Tensor], Tensor]:
     """Rows of x -> their pre-activations in acc, in memory that the next call overwrites."""
-    in_bf16 = NATIVE_BF16 and x.dtype == w.dtype == torch.bfloat16
     # Operands that were rounded stay rounded: their product is exact in float32.
-    w_t, b = (w if in_bf16 else w.to(acc)).t(), b.to(acc)
+    w_t, b = w.to(acc).t(), b.to(acc)
     memory = torch.empty(0, dtype=acc)
 
     def product(part: Tensor) -> Tensor:
         nonlocal memory
-        if in_bf16:
-            return (part @ w_t).to(acc).add_(b)
         if len(memory) < len(part):
             memory = torch.empty(len(part), len(w), dtype=acc)
         # addmm would write the bias to all of the output first, and read it again: 5 ms of 92 (1 thread).
@@ -114,7 +118,7 @@ def top_k(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def batch_topk_encode(x: Tensor, w: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """What is not above the N * k-th best so far is left out as soon as it has been computed."""
     acc = accumulate_dtype(x, w, b)
-    product = preactivations(x, w, b, acc)
+    product = preactivations(w, b, acc)
     n, d_sae, budget = len(x), len(w), len(x) * k
     values, places = torch.empty(0, dtype=acc), torch.empty(0, dtype=torch.int64)  # row * F + latent
     least = torch.zeros((), dtype=acc)
@@ -157,12 +161,12 @@ def _with_empty_slots(
 
 def threshold_encode(x: Tensor, w: Tensor, b: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     acc = accumulate_dtype(x, w, b)
-    product = preactivations(x, w, b, acc)
+    product = preactivations(w, b, acc)
     return threshold_in_chunks(x, len(w), acc, _chunk_rows(w), product, threshold, true_places)
 
 
 def dead_encode(x: Tensor, w: Tensor, b: Tensor, k: int) -> Tensor:
-    product = preactivations(x, w, b, accumulate_dtype(x, w, b))
+    product = preactivations(w, b, accumulate_dtype(x, w, b))
     return keep_top_k(product(x).relu_(), k)
 
 

@@ -1,13 +1,17 @@
 """How often a fast encoder guessed wrong and did its work again: exact all the same, but slower.
 
-Triton's encoders guess a threshold, verify what it let through, and encode again where it failed, which their
-plans make a matter of one row in a million. Data that is far from what the plans assume shows here.
+Triton's encoders guess a threshold, and the CPU's in bfloat16 takes what a rounded product proposes. Both
+verify what they have, and encode again where it may not suffice, which is made a matter of few rows. Data
+that is far from what was assumed shows here.
 The counters are on the devices; asking for them does not import Triton.
 """
 
 import sys
 
+import torch
 from torch import Tensor
+
+from sae_kernels import cpu_bf16
 
 
 def fallbacks() -> dict[str, int]:
@@ -15,10 +19,11 @@ def fallbacks() -> dict[str, int]:
 
     Returns:
         "fallback_rows": rows of `topk_encode`; "fallback_batches": batches of `batch_topk_encode`. An op
-        that Triton has not run in this process has no entry, so without Triton the dictionary is empty."""
-    counters: dict[str, dict[object, Tensor]] = {}
+        that has guessed nothing in this process has no entry."""
+    rows: dict[torch.device, Tensor] = cpu_bf16.fallback_rows()
+    counters: dict[str, dict[torch.device, Tensor]] = {"fallback_rows": rows}
     if (recover := sys.modules.get("sae_kernels.triton.recover")) is not None:
-        counters["fallback_rows"] = recover.fallback_rows()
+        counters["fallback_rows"] |= recover.fallback_rows()
     if (compress := sys.modules.get("sae_kernels.triton.compress")) is not None:
         counters["fallback_batches"] = compress._fallbacks
     return {

@@ -1,5 +1,6 @@
 """NaN in one process: its SAEs leave those steps out, the others train on, and giving up is done by all."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,6 @@ Harvester.rows = rows
     run = tmp_path / "run"
     args = [*tiny, "source.lanes=4", GRID, "train.tokens=6400", "eval.every=0", f"run.dir={run}"]
     line = said_alike(launch(2, "train", *args, before={rank: broken}).wait(3))
-    assert "rows" in line and "are not finite in float32, first at window" in line
+    assert "rows" in line and re.search("are not finite in (float32|bfloat16), first at window", line)
     state = final_state(run)  # whole, and of the steps before
     assert state["/step"] > 0

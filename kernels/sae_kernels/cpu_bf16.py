@@ -1,0 +1,73 @@
+"""Exact top-k from a product that is rounded to bfloat16, on CPUs that multiply bfloat16 themselves.
+
+torch's bfloat16 product on a CPU sums in float32 but gives bfloat16, so which latents are the largest, and
+how large, is known to eight bits. Here it only proposes: some more than k latents of each row are multiplied
+again in float32, and their k largest stand if rounding cannot have hidden a larger one among those left out.
+Rows where it can have are encoded again in float32, and counted.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+SPARE = 16
+"""Latents of a row that are looked at besides k. Of 4,608 normal pre-activations the 48th is 6 % below the
+32nd, of a million the 80th 1.4 % below the 64th; rounding is half a percent."""
+ROUNDING = 2.0**-8
+"""Twice what rounding to the nearest bfloat16 changes, as a share."""
+EPS = 2.0**-24
+
+Codes = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Rows [n, D] -> values and indices [n, k] of their k largest pre-activations, in any order."""
+
+_again = torch.zeros((), dtype=torch.int64)
+_used = False
+
+
+def fallback_rows() -> dict[torch.device, Tensor]:
+    """Rows encoded again since the process began; empty before the first call of `encoder`."""
+    return {_again.device: _again} if _used else {}
+
+
+def encoder(
+    w: Tensor,
+    b: Tensor,
+    k: int,
+    top_k: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+    gather_dot: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Codes:
+    """The k largest pre-activations of rows, by products of bfloat16 operands [F, D], summed in float32.
+
+    Args:
+        w: [F, D] bfloat16. b: [F].
+        k: below F - SPARE.
+        top_k: (pre-activations [n, F], count) -> values and int64 indices [n, count].
+        gather_dot: (rows [n, D], indices [n, K], weight [F, D]) -> [n, K].
+    """
+    global _used
+    _used = True
+    wide, b = w.float(), b.float()
+    longest, lift = torch.linalg.vector_norm(wide, dim=1).amax(), b.abs().amax()
+
+    def whole(rows: Tensor) -> tuple[Tensor, Tensor]:
+        return top_k(torch.mm(rows.float(), wide.t()).add_(b), k)
+
+    def codes(rows: Tensor) -> tuple[Tensor, Tensor]:
+        guess, places = top_k((rows @ w.t()).float().add_(b), k + SPARE)
+        found = gather_dot(rows, places.int(), wide) + b[places]
+        values, chosen = found.topk(k, dim=-1, sorted=False)
+        indices = places.gather(1, chosen)
+        # Whatever was left out is at most `least` as guessed. Its product is that less its bias.
+        least = guess.amin(dim=1)
+        summing = (
+            2 * (rows.shape[1] + 2) * EPS * (torch.linalg.vector_norm(rows.float(), dim=1) * longest + lift)
+        )
+        hidden = least + ROUNDING * (least.abs() + lift) + summing
+        failed = (values.amin(dim=1) > hidden).logical_not_().nonzero().squeeze(1)  # NaN is among them
+        if len(failed):
+            _again.add_(len(failed))
+            values[failed], indices[failed] = whole(rows[failed])
+        return values, indices
+
+    return codes

@@ -1,0 +1,124 @@
+"""Top-k by a product that is rounded to bfloat16: the choice of the float32 product, whatever the rows.
+
+oneDNN emulates the product where a processor has no instructions for it, so all of this runs everywhere.
+"""
+
+import pytest
+import torch
+from sae_kernels import cpu, fallbacks
+from torch import Tensor
+
+from .dense import EPS
+
+
+@pytest.fixture(autouse=True)
+def native(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "NATIVE_BF16", True)
+
+
+def operands(n: int, f: int, d: int, bias: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(n + f + d)
+    x, w, b = (torch.randn(*shape, generator=generator) for shape in ((n, d), (f, d), (f,)))
+    return x.bfloat16(), w.bfloat16(), bias * b
+
+
+def encoded(x: Tensor, w: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor, int]:
+    """Codes in the order of the indices, and how many rows were encoded again."""
+    before = fallbacks().get("fallback_rows", 0)
+    values, indices = cpu.topk_encode(x, w, b, k)
+    assert values.dtype == torch.float32
+    indices, order = indices.sort(dim=1)
+    return values.gather(1, order), indices, fallbacks()["fallback_rows"] - before
+
+
+def truth(x: Tensor, w: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    best = (x.double() @ w.double().T + b.double()).topk(k, dim=1)
+    indices, order = best.indices.sort(dim=1)
+    return best.values.relu().gather(1, order), indices
+
+
+@pytest.mark.parametrize(
+    ("n", "f", "d", "k", "bias"),
+    [(1, 40, 3, 1, 1.0), (130, 1000, 96, 16, 0.0), (64, 4608, 160, 32, 3.0), (20, 300, 64, 100, 30.0)],
+)
+def test_the_choice_is_that_of_the_exact_product(n, f, d, k, bias):
+    x, w, b = operands(n, f, d, bias)
+    values, indices, again = encoded(x, w, b, k)
+    want, places = truth(x, w, b, k)
+    assert torch.equal(indices, places)
+    magnitude = float((x.abs().double() @ w.abs().double().T).max() + b.abs().max())
+    assert float((values - want).abs().max()) <= (d + 2) * EPS * magnitude  # float32 sums of exact products
+    assert again <= n / 10
+    rounded = (x @ w.T).float() + b
+    assert (
+        float((rounded.gather(1, places.long()).relu() - want).abs().max()) > 10 * (d + 2) * EPS * magnitude
+    )
+
+
+def test_latents_that_rounding_makes_equal_are_told_apart():
+    """All 80 are 1 in bfloat16, each row's best are anywhere among them, and no row may stay as guessed."""
+    f, d, k = 80, 2, 4
+    x = torch.ones(30, d).bfloat16()
+    small = torch.randperm(f, generator=torch.Generator().manual_seed(0))
+    w = torch.stack([torch.ones(f), small * 2.0**-16], dim=1).bfloat16()
+    b = torch.zeros(f)
+    assert ((x @ w.T) == 1).all()
+    values, indices, again = encoded(x, w, b, k)
+    want, places = truth(x, w, b, k)
+    assert again == len(x)
+    assert torch.equal(indices, places)
+    assert torch.equal(values, want.float())
+
+
+def test_a_bias_hides_nothing():
+    """The best has a product of 1001.9 and a bias of -998: guessed as 2, it lies below 30 others."""
+    f, k = 60, 2
+    x = torch.tensor([[1000.0, 1.0]]).bfloat16()
+    w, b = torch.zeros(f, 2), torch.full((f,), -5.0)
+    w[:30, 1], b[:30] = 3 + torch.arange(30) / 64, 0
+    w[50], b[50] = torch.tensor([1.0, 1.9375]), -998
+    w = w.bfloat16()
+    assert float((x @ w.T).float()[0, 50]) == 1000
+    values, indices, again = encoded(x, w, b, k)
+    assert again == 1
+    assert indices.tolist() == [[29, 50]] and values.tolist() == [[3 + 29 / 64, 3.9375]]
+
+
+@pytest.mark.parametrize("what", ["zero", "equal", "negative", "nan", "inf"])
+def test_awkward_rows_are_encoded_as_by_the_float32_product(what, monkeypatch):
+    n, f, d, k = 12, 120, 24, 6
+    x, w, b = operands(n, f, d)
+    if what == "zero":
+        x[3], b = 0, torch.zeros(f)
+    elif what == "equal":
+        w, b = w[:1].expand(f, d).contiguous(), torch.zeros(f)
+    elif what == "negative":
+        b = b - 1000
+    else:
+        x[3, 5] = float(what)
+    values, indices, again = encoded(x, w, b, k)
+    monkeypatch.setattr(cpu, "NATIVE_BF16", False)
+    plain, places = cpu.topk_encode(x, w, b, k)
+    assert torch.allclose(values.sort(dim=1).values, plain.sort(dim=1).values, rtol=1e-5, equal_nan=True)
+    assert all(len(set(row.tolist())) == k for row in indices)
+    assert again >= (0 if what == "negative" else n if what == "equal" else 1)
+    if what in ("zero", "nan", "inf"):  # that row is encoded by the same product, the others are as they were
+        order = places[3].sort().indices
+        assert torch.equal(indices[3], places[3][order])
+        assert torch.equal(values[3].isnan(), plain[3][order].isnan())
+
+
+def test_a_row_s_codes_do_not_depend_on_the_rows_beside_it():
+    x, w, b = operands(64, 600, 40)
+    values, indices, _ = encoded(x, w, b, 8)
+    for part in (slice(0, 1), slice(3, 20), slice(40, 64)):
+        some, places, _ = encoded(x[part], w, b, 8)
+        assert torch.equal(some, values[part]) and torch.equal(places, indices[part])
+
+
+def test_few_latents_need_no_guess():
+    x, w, b = operands(5, 20, 8)
+    before = fallbacks().get("fallback_rows", 0)
+    _, indices = cpu.topk_encode(x, w, b, 4)
+    assert fallbacks().get("fallback_rows", 0) == before
+    assert torch.equal(indices.sort(dim=1).values, truth(x, w, b, 4)[1])
