@@ -53,7 +53,13 @@ SMALL_BATCH = 512
 TOLERANCE = 1e-4
 """Largest relative difference between what a library reconstructs and what its weights, as read here, do."""
 PROSE = [
-    *("model=smollm2", "corpus=any", "hook=resid_post.12", "corpus.context_length=256"),
+    *(
+        "model=smollm2",
+        "model.dtype=float32",
+        "corpus=any",
+        "hook=resid_post.12",
+        "corpus.context_length=256",
+    ),
     *("corpus.holdout=0.08", "corpus.shuffle_windows=1024"),
     *("eval.tokens=50_000", "eval.ce_tokens=12_288", "eval.every=0"),
 ]
@@ -133,7 +139,7 @@ class Bench:
         run = self.folder / "runs" / name
         keys = [key.format(k=self.k) for key in RECIPES[recipe]] + [f"sae.d_sae={self.d_sae}"]
         keys += ["source=shards", f"source.path={self.shards}", f"run.seed={seed}", f"run.dir={run}"]
-        sae_train("train", *keys, f"train.tokens={self.tokens}", "logger=none")
+        sae_train("train", *keys, f"train.tokens={self.tokens}", "train.autocast=float32", "logger=none")
         shutil.copytree(run / "saes" / "main", self.judging / "saes" / name)
 
     def peer(self, python: str, peer: str, activation: str, variant: str, seed: int) -> None:
