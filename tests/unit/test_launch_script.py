@@ -1,5 +1,6 @@
 """The batch script: what it asks the cluster for, that nothing in it is taken apart, what is refused."""
 
+import os
 import re
 import subprocess
 import sys
@@ -143,6 +144,61 @@ def test_an_image_is_an_option_of_srun_and_has_its_own_sae_train():
     assert "--container-image=nvcr.io#x/y:1" in line
     assert f"--container-mounts={HERE}:{HERE},/data:/data".replace("'", "'\"'\"'") in line
     assert commands(text) == ["sae-train", "train"]
+
+
+PROGRAMS = {
+    "srun": """trap 'echo "srun got USR1" >> "$CALLS"; exit "${ASKED:-$CODE}"' USR1
+echo up >> "$CALLS"
+if [ "${SIGNAL:-early}" != early ]; then kill -s "$SIGNAL" "$PPID"; fi
+if [ -n "${SIGNAL:-}" ]; then for _ in $(seq 200); do sleep 0.05; done; fi
+exit "$CODE" """,
+    "scontrol": """case "$1" in show) echo node1;; *) echo "scontrol $*" >> "$CALLS";; esac""",
+    "squeue": """echo "$STATE" """,
+}
+"""In the place of Slurm's: ends of `srun` that a real one has in a race only, states that it passes by."""
+
+
+@pytest.mark.parametrize(
+    ("told", "code", "back"),
+    [
+        ({"CODE": "0"}, 0, False),
+        ({"CODE": "75"}, 75, True),
+        ({"CODE": "2"}, 2, False),
+        ({"CODE": "75", "STATE": "COMPLETING"}, 75, False),
+        ({"CODE": "75", "SLURM_RESTART_COUNT": "99"}, 75, True),
+        ({"CODE": "75", "SLURM_RESTART_COUNT": "100"}, 75, False),
+        ({"CODE": "138"}, 75, True),  # USR1, 10, before there was a handler
+        ({"CODE": "140"}, 75, True),  # USR2, 12
+        ({"CODE": "143"}, 75, True),  # TERM, 15
+        ({"CODE": "137"}, 137, False),  # KILL, 9: nobody asked it to stop
+        *(({"CODE": "1", "ASKED": "75", "SIGNAL": name}, 75, True) for name in ("TERM", "USR1", "USR2")),
+        ({"CODE": "1", "ASKED": "0", "SIGNAL": "TERM"}, 75, True),  # an srun that does not wait for its tasks
+        ({"CODE": "1", "ASKED": "3", "SIGNAL": "TERM"}, 3, False),
+        ({"CODE": "1", "ASKED": "75", "SIGNAL": "early"}, 75, True),  # while launch.setup runs
+    ],
+)
+def test_what_the_script_makes_of_the_end_of_a_run(told, code, back, tmp_path):
+    for name, text in PROGRAMS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    early = told.get("SIGNAL") == "early"
+    config = LaunchConfig(setup=["kill -USR1 $$"] if early else [])
+    own = batch_script(config, [Job("one", ("train",))], tmp_path, tmp_path)
+    calls = tmp_path / "calls"
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(calls), "STATE": "RUNNING"}
+    env |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NAME": "one", **told}
+    done = subprocess.run(["bash", "-c", own], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    seen = calls.read_text().splitlines()
+    assert (["scontrol requeue 7"] == seen[-1:]) == back
+    if not early:  # else the signal may come before there is a handler, and end srun
+        passed_on = ["srun got USR1"] if "SIGNAL" in told else []
+        assert seen == ["up", *passed_on, *(["scontrol requeue 7"] if back else [])]
+    legs = [line.split() for line in (tmp_path / "slurm-7.legs").read_text().splitlines()]
+    assert [(leg[0], leg[-1]) for leg in legs][1] == ("ended", str(code)) and legs[0][0] == "started"
+    assert ("not put back into the queue: the job is COMPLETING" in done.stdout) == (
+        told.get("STATE") is not None
+    )
 
 
 def test_how_often_a_job_goes_back_is_in_the_script():
