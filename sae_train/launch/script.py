@@ -33,10 +33,19 @@ PORTS = (20000, 12000)
 """The first port and how many: below those that Linux gives to connections that do not care (32768 on)."""
 
 BODY = r"""
-# Signals that reach this shell go on to the processes.
+# Signals that reach this shell go on to the processes, each once.
 asked=0
+passed=0
 step=
-trap 'asked=$((asked + 1)); if [ -n "$step" ]; then kill -USR1 "$step"; fi' TERM USR1 USR2
+own=$(cat /proc/$$/comm)
+pass_on() {
+    if [ -z "$step" ] || [ "$passed" = "$asked" ]; then return; fi
+    passed=$asked
+    # Between fork and exec srun is a copy of this shell, which would swallow it.
+    while [ "$(cat "/proc/$step/comm" 2>/dev/null)" = "$own" ]; do sleep 0.05; done
+    kill -USR1 "$step"
+}
+trap 'asked=$((asked + 1)); pass_on' TERM USR1 USR2
 
 note() { echo "$1 $(date -u +%Y-%m-%dT%H:%M:%SZ) $2" >> "$legs"; }
 unready() { echo "launch.setup failed: $1"; note ended 2; exit 2; }
@@ -51,7 +60,7 @@ srun @OPTIONS@ sh -c \
     'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"' sh \
     "${command[@]}" &
 step=$!
-if [ "$asked" -gt 0 ]; then kill -USR1 "$step"; fi
+pass_on
 while :; do
     before=$asked
     wait "$step"

@@ -190,7 +190,7 @@ def test_what_the_script_makes_of_the_end_of_a_run(told, code, back, tmp_path):
     done = subprocess.run(["bash", "-c", own], env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == code, done.stderr
     seen = calls.read_text().splitlines()
-    assert (["scontrol requeue 7"] == seen[-1:]) == back
+    assert (seen[-1:] == ["scontrol requeue 7"]) == back
     if not early:  # else the signal may come before there is a handler, and end srun
         passed_on = ["srun got USR1"] if "SIGNAL" in told else []
         assert seen == ["up", *passed_on, *(["scontrol requeue 7"] if back else [])]
