@@ -157,7 +157,7 @@ def _stranger(log: Path) -> psutil.Process | None:
         return None
     try:
         process = psutil.Process(legs.process)
-        own = process.status() != psutil.STATUS_ZOMBIE and "sae_train" in process.cmdline()
+        own = "sae_train" in process.cmdline()  # nobody's, of one that has ended and was not waited for
     except psutil.NoSuchProcess:
         return None
     return process if own else None

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from sae_train.errors import InputError
@@ -17,16 +18,19 @@ from sae_train.launch import local
 from sae_train.launch.base import Job, Started
 from sae_train.launch.config import LaunchConfig
 from sae_train.launch.local import Local
-from sae_train.launch.record import read_jobs, read_legs
+from sae_train.launch.record import legs_file, read_jobs, read_legs
 
 WAITS = """
 import signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 open(sys.argv[2], "x").close()
-time.sleep(60)
+time.sleep(300)
 """
 EXITS = "import sys; print('said', sys.argv[2:]); sys.exit(int(sys.argv[2]))"
-SHOWS = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['SAE_TRAIN_JOB'])"
+SHOWS = """
+import os
+print(os.environ["CUDA_VISIBLE_DEVICES"], os.environ["SAE_TRAIN_JOB"], os.getsid(0) == os.getpid())
+"""
 
 
 @pytest.fixture
@@ -80,6 +84,13 @@ def test_no_more_than_so_many_run_at_once_and_the_first_comes_first(program, lau
     one.cancel(jobs[:1])
     until(lambda: (tmp_path / "up-2").exists() or one.states(jobs)[0] == "running")
     until(lambda: one.states(jobs) == ["stopped", "running", "running"])
+    (late,) = one.submit([Job("late", (str(tmp_path / "up-late"),))], tmp_path)
+    assert one.states([late]) == ["waiting"]
+    one.cancel([late])
+    until((tmp_path / "up-2").exists)
+    one.cancel(jobs[1:])
+    until(lambda: one.states(jobs) == ["stopped"] * 3)
+    assert one.states([late]) == ["cancelled"] and not late.log.exists()
 
 
 @pytest.mark.parametrize(("code", "state"), [(0, "done"), (75, "cancelled"), (2, "cancelled")])
@@ -129,13 +140,36 @@ time.sleep(60)
     until(lambda: one.states([old, new]) == ["stopped", "running"])
 
 
+@pytest.mark.parametrize("whose", ["another program", "another host", "a process that was not waited for"])
+def test_a_process_that_only_has_the_number_of_a_job_is_not_it(whose, program, launcher, tmp_path):
+    program(EXITS)
+    one = launcher()
+    (job,) = one.submit([Job("a", ("0",))], tmp_path)
+    assert ended(one, [job]) == ["done"]
+    name = "sae_train" if whose == "another host" else "else"
+    host = "elsewhere" if whose == "another host" else os.uname().nodename
+    code = "0" if whose.startswith("a process") else "import time; time.sleep(300)"
+    other = subprocess.Popen([sys.executable, "-c", code, name])
+    if code == "0":
+        until(lambda: psutil.Process(other.pid).status() == psutil.STATUS_ZOMBIE)
+    legs_file(job.log).write_text(f"started 2026-11-22T00:00:00Z {host} {other.pid}\n")
+    try:
+        again = launcher()
+        assert again.states([job]) == ["stopped"]
+        again.cancel([job])
+        assert other.poll() is None or code == "0"
+    finally:
+        other.kill()
+        other.wait()
+
+
 def test_a_job_sees_one_gpu_and_the_one_beside_it_another(program, launcher, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     program(SHOWS)
     one = launcher(2)
     jobs = one.submit([Job("a", ()), Job("b", ())], tmp_path)
     assert ended(one, jobs) == ["done", "done"]
-    assert [job.log.read_text() for job in jobs] == ["5 a\n", "7 b\n"]
+    assert [job.log.read_text() for job in jobs] == ["5 a True\n", "7 b True\n"]
 
 
 def test_a_job_submitted_again_has_one_record_and_counts_its_starts(program, launcher, tmp_path):
