@@ -282,6 +282,7 @@ def test_gradients_through_the_compiled_kernels_are_those_without(name):
         torch.testing.assert_close(found[1][key], want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 def test_the_default_compiler_takes_it_too():
     case = ("gated", "topk", "autoencoder")
