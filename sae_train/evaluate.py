@@ -43,7 +43,9 @@ class EvalConfig:
     every: int | None = None
     """Steps between evaluations while training. Unset: a quarter of the run. 0: only at the end."""
     tokens: int = 32_768
-    """Held-out tokens for reconstruction metrics."""
+    """Held-out tokens for reconstruction metrics, at the end."""
+    interval_tokens: int = 8_192
+    """The same for evaluations while training: the first of them."""
     ce_tokens: int = 8_192
     """Held-out tokens for cross-entropy with the SAE spliced into the model, at the end. 0 is off."""
     interval_ce_tokens: int = 2_048
@@ -57,7 +59,7 @@ class EvalConfig:
     def __post_init__(self) -> None:
         if self.every is not None and self.every < 0:
             raise InputError("eval.every", self.every, "a number of steps, 0 for only at the end, or null")
-        for key in ("tokens", "batch_tokens"):
+        for key in ("tokens", "interval_tokens", "batch_tokens"):
             if getattr(self, key) < 1:
                 raise InputError(f"eval.{key}", getattr(self, key), "a whole number of at least 1")
         for key in ("ce_tokens", "interval_ce_tokens"):
@@ -80,6 +82,14 @@ class HeldOut:
     ordinary: dict[str, Tensor]
     truth: Truth | None = None
     """The features that the rows are really made of, where somebody knows them (source=synthetic)."""
+
+    def first(self, tokens: int) -> "HeldOut":
+        """The first of them, and no copy."""
+        return HeldOut(
+            {hook: x[:tokens] for hook, x in self.rows.items()},
+            {hook: x[:tokens] for hook, x in self.ordinary.items()},
+            self.truth,
+        )
 
     def mean(self, hook: str) -> Tensor:
         """[D] float32 mean of the ordinary rows."""

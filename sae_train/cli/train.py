@@ -287,7 +287,7 @@ def _train(
             saver=saver,
             evaluate=partial(
                 evaluate,
-                heldout=heldout,
+                heldout=heldout.first(config.eval.interval_tokens),
                 config=config.eval,
                 splice=timed(wired.splice, clock),
                 ce_tokens=config.eval.interval_ce_tokens,

@@ -140,3 +140,15 @@ def test_dead_latents_are_resampled_when_asked_and_the_run_still_resumes(tiny, t
     assert all(torch.equal(whole[key], run[key]) for key in whole)
     none = load_sae(tmp_path / "every0" / "saes" / "main").state_dict()
     assert not torch.equal(whole["w_dec"], none["w_dec"]), "nothing was dead"
+
+
+def test_evaluations_while_training_look_at_fewer_rows_than_the_last_one(tiny, tmp_path):
+    told = []
+    for name, tokens in (("few", 32), ("all", 256)):
+        run, more = tmp_path / name, [f"eval.interval_tokens={tokens}", "eval.ce_tokens=0", "eval.every=20"]
+        assert main(["train", *tiny, *more, "train.tokens=1600", f"run.dir={run}"]) == 0
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        told.append([line["main/heldout/fvu"] for line in lines if "main/heldout/fvu" in line])
+    few, whole = told
+    assert len(few) == len(whole) == 2
+    assert few[0] != whole[0] and few[1] == whole[1]

@@ -160,3 +160,16 @@ def test_latents_that_point_the_same_way_are_counted_and_those_that_never_fire_a
     fires[750:1500] = False
     assert twins(sae, fires)[0] == 0
     assert twins(sae, ~fires & False) == (0, 0)
+
+
+def test_the_first_held_out_rows_are_judged_as_rows_of_their_own():
+    torch.manual_seed(0)
+    sae = LinearSAE(LinearConfig(d_sae=12, activation=TopKConfig(k=3)), 5).eval()
+    x, ordinary = torch.randn(50, 5), torch.rand(50) < 0.8
+    whole = HeldOut({"h": x}, {"h": ordinary})
+    config, places = EvalConfig(batch_tokens=16), Places(("h",))
+    [(first, _)] = evaluate([(sae, places)], whole.first(20), config)
+    [(alone, _)] = evaluate([(sae, places)], HeldOut({"h": x[:20]}, {"h": ordinary[:20]}), config)
+    [(all_of_them, _)] = evaluate([(sae, places)], whole, config)
+    assert first == alone != all_of_them
+    assert whole.first(500).rows["h"].shape == x.shape
