@@ -82,17 +82,22 @@ class HeldOut:
     ordinary: dict[str, Tensor]
     truth: Truth | None = None
     """The features that the rows are really made of, where somebody knows them (source=synthetic)."""
+    whole: "HeldOut | None" = None
+    """What these are the first of."""
 
     def first(self, tokens: int) -> "HeldOut":
-        """The first of them, and no copy."""
+        """The first of them, and no copy; means stay those of all, so that ablations are the same ones."""
         return HeldOut(
             {hook: x[:tokens] for hook, x in self.rows.items()},
             {hook: x[:tokens] for hook, x in self.ordinary.items()},
             self.truth,
+            self,
         )
 
     def mean(self, hook: str) -> Tensor:
         """[D] float32 mean of the ordinary rows."""
+        if self.whole is not None:
+            return self.whole.mean(hook)
         return self.rows[hook][self.ordinary[hook]].double().mean(dim=0).float()
 
 

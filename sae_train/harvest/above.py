@@ -51,9 +51,8 @@ class Above:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Passes in which the layers below are not run."""
-        own = [
-            vars(layer).get("forward") for layer in self.skipped
-        ]  # accelerate puts one on the layer itself
+        # accelerate puts a forward on the layer itself
+        own = [vars(layer).get("forward") for layer in self.skipped]
         try:
             for layer in self.skipped:
                 layer.forward = lambda *args, **kwargs: self._again()

@@ -210,7 +210,7 @@ def splice_reports(
     }
     whole: dict[bool, list[SpliceResult]] = defaultdict(list)
     parts: list[dict[bool, list[SpliceResult]]] = [defaultdict(list) for _ in saes]
-    for number, part in enumerate(_chunks(windows, len(affected))):
+    for number, part in enumerate(_chunks(windows, len(models))):  # whoever else is judged
         tokens, valid, chosen = windows.tokens[part], windows.valid[part], mask[part]
         read: dict[Site, Tensor] = {}
         clean: dict[bool, Tensor] = {}

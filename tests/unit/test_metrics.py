@@ -173,3 +173,4 @@ def test_the_first_held_out_rows_are_judged_as_rows_of_their_own():
     [(all_of_them, _)] = evaluate([(sae, places)], whole, config)
     assert first == alone != all_of_them
     assert whole.first(500).rows["h"].shape == x.shape
+    assert torch.equal(whole.first(20).mean("h"), whole.mean("h"))

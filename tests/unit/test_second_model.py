@@ -12,12 +12,13 @@ from transformers import PreTrainedTokenizerFast
 
 from sae_train.activations.topk import TopKConfig
 from sae_train.errors import InputError
+from sae_train.harvest import splice
 from sae_train.harvest.capture import hooked
 from sae_train.harvest.harvester import Harvester
 from sae_train.harvest.hooks import Site, resolve
 from sae_train.harvest.model import ModelConfig
 from sae_train.harvest.second import check_embeddings, check_tokenizers, of_second, second
-from sae_train.harvest.splice import Spliced, cross_entropy, splice_report
+from sae_train.harvest.splice import Spliced, cross_entropy, splice_report, splice_reports
 from sae_train.harvest.windows import Windows
 from sae_train.metrics.sharing import decoder_shares
 from sae_train.places import Widths
@@ -272,6 +273,22 @@ def test_what_changes_one_model_only_has_that_models_scores_under_the_usual_name
     assert len(report) == 8
     assert report["ce_clean"] == cross_entropy(one, windows, mask).ce
     assert report["ce_sae"] == cross_entropy(one, windows, mask, {site: lambda _: source}).ce
+
+
+def test_what_an_sae_is_told_does_not_depend_on_those_judged_with_it(tiny_model, monkeypatch):
+    monkeypatch.setattr(splice, "FORWARD_TOKENS", 4 * 12)  # parts of four windows, or of two for two models
+    model, other = tiny_model("llama"), tuned(tiny_model("gpt2"))
+    windows, mask = make_windows()
+    here, there = sites_of(["resid_post.1", "resid_post.0@other"], model, other)
+    means = [torch.linspace(-1, 1, 32), torch.linspace(2, -2, 32)]
+    saes = [
+        Spliced([here], [here], lambda rows: 0.9 * rows, means[:1]),
+        Spliced([here, there], [here, there], swap, means),
+        Spliced([there], [there], torch.zeros_like, means[1:]),
+    ]
+    together = splice_reports(model, windows, mask, saes, other)
+    assert together == [splice_report(model, windows, mask, sae, other) for sae in saes]
+    assert together[::-1] == splice_reports(model, windows, mask, saes[::-1], other)
 
 
 @pytest.mark.parametrize("first", [True, False])
