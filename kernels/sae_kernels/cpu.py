@@ -67,7 +67,7 @@ def supports(op: str, *tensors: Tensor) -> str | None:
 
 def topk_encode(x: Tensor, w: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
     acc = accumulate_dtype(x, w, b)
-    if NATIVE_BF16 and x.dtype == w.dtype == torch.bfloat16 and k + cpu_bf16.SPARE < len(w):
+    if NATIVE_BF16 and x.dtype == w.dtype == torch.bfloat16 and cpu_bf16.pays(k, len(w)):
         codes = cpu_bf16.encoder(w, b, k, top_k, gather_dot)
     else:
         product = preactivations(w, b, acc)

@@ -67,9 +67,12 @@ def finish(
                 timed(wired.splice, clock),
                 config.eval.ce_tokens,
             )
-        for each, (numbers, metrics) in zip(wholes, judged, strict=True):
-            own[each.name], found[each.name] = numbers | {"dead": each.dead()}, metrics
-            alike += same_latents(each)
+        own |= {
+            whole.name: numbers | {"dead": whole.dead()}
+            for whole, (numbers, _) in zip(wholes, judged, strict=True)
+        }
+        found |= {whole.name: metrics for whole, (_, metrics) in zip(wholes, judged, strict=True)}
+        alike += [line for whole in wholes for line in same_latents(whole)]
     results = in_order(ranks.gather(own), record)
     if log is not None:
         for name, numbers in results.items():

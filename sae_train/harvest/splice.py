@@ -234,11 +234,15 @@ def splice_reports(
                     if name != "sae" and (key not in new or len(new[key]) > number):
                         continue  # known, or another SAE stands in the same place
                     stop.check()
+                    way = {site: put for site, put in ways.items() if site.other == of}
                     with above[of, sae.ablation("", of)].alone():
-                        way = {site: put for site, put in ways.items() if site.other == of}
-                        replaced = logits(models[of], tokens, valid, chosen, way)
-                    against = clean[of] if name == "sae" else None
-                    result = score(replaced, tokens, valid, chosen, against)
+                        result = score(  # no name for the logits: there is room for these and the clean ones
+                            logits(models[of], tokens, valid, chosen, way),
+                            tokens,
+                            valid,
+                            chosen,
+                            clean[of] if name == "sae" else None,
+                        )
                     (results[of] if name == "sae" else new[key]).append(result)
     ablated |= {key: _together(results) for key, results in new.items()}
     reports = []

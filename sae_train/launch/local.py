@@ -158,6 +158,6 @@ def _stranger(log: Path) -> psutil.Process | None:
     try:
         process = psutil.Process(legs.process)
         own = "sae_train" in process.cmdline()  # nobody's, of one that has ended and was not waited for
-    except psutil.NoSuchProcess:
+    except psutil.Error:  # it is gone, or not ours to look at
         return None
     return process if own else None

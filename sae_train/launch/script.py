@@ -67,6 +67,7 @@ while :; do
     code=$?
     if [ "$code" -le 128 ] || [ "$before" = "$asked" ]; then break; fi # else a signal ended the wait alone
 done
+step=
 case $code in
     @SIGNALS@) code=@STOPPED@ ;; # asked to stop while it started, or was about to end: no handler then
     0) if [ "$asked" -gt 0 ]; then code=@STOPPED@; fi ;; # an srun that is told to end may not wait for tasks

@@ -264,5 +264,7 @@ def judged_together(members: Sequence[Member]) -> Iterator[list[WholeMember]]:
     parts = [[member for member in members if not made(member)]]
     parts += [[member] for member in members if made(member)]
     for part in parts:
-        if wholes := [whole for member in part if (whole := member.whole()) is not None]:
+        wholes = [whole for whole in (member.whole() for member in part) if whole is not None]
+        if wholes:
             yield wholes
+        wholes.clear()  # whoever was given it has the list still, while the next one is made

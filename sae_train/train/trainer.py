@@ -274,8 +274,7 @@ class Trainer:
         with self.clock.phase("evaluation"):
             for wholes in judged_together(state.members):
                 judged = self.evaluate([(whole.sae, whole.places) for whole in wholes])
-                for whole, (numbers, _) in zip(wholes, judged, strict=True):
-                    own[whole.name] = numbers
+                own |= {whole.name: numbers for whole, (numbers, _) in zip(wholes, judged, strict=True)}
         out = {name: numbers for part in self.ranks.gather(own) for name, numbers in part.items()}
         flat = {
             f"{name}/heldout/{key}": value for name, numbers in out.items() for key, value in numbers.items()

@@ -5,7 +5,7 @@ oneDNN emulates the product where a processor has no instructions for it, so all
 
 import pytest
 import torch
-from sae_kernels import cpu, fallbacks
+from sae_kernels import cpu, cpu_bf16, fallbacks
 from torch import Tensor
 
 from .dense import EPS
@@ -14,6 +14,7 @@ from .dense import EPS
 @pytest.fixture(autouse=True)
 def native(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "NATIVE_BF16", True)
+    monkeypatch.setattr(cpu_bf16, "AGAIN", 1)  # small shapes too
 
 
 def operands(n: int, f: int, d: int, bias: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,3 +123,33 @@ def test_few_latents_need_no_guess():
     _, indices = cpu.topk_encode(x, w, b, 4)
     assert fallbacks().get("fallback_rows", 0) == before
     assert torch.equal(indices.sort(dim=1).values, truth(x, w, b, 4)[1])
+
+
+def test_a_tie_that_rounding_made_is_no_proof():
+    """1 + 2^-8 is rounded to 1, the most that rounding to nearest can change."""
+    f, k = 60, 1
+    x = torch.tensor([[1.0, 1.0]]).bfloat16()
+    w = torch.tensor([[1.0, 2.0**-9]]).expand(f, 2).clone()
+    w[7, 1] = 2.0**-8
+    values, indices, again = encoded(x, w.bfloat16(), torch.zeros(f), k)
+    assert (indices.item(), values.item(), again) == (7, 1 + 2.0**-8, 1)
+
+
+@pytest.mark.parametrize("size", [1e-18, 1e-19, 3e-20, 1e-20])
+def test_products_too_small_for_the_instructions_are_encoded_again(size):
+    x, w, _ = operands(64, 512, 64)
+    x, w, b = (size * x).bfloat16(), (size * w).bfloat16(), torch.zeros(512)
+    values, _, again = encoded(x, w, b, 8)
+    want = truth(x, w, b, 8)[0].sort(dim=1).values
+    assert torch.allclose(values.double().sort(dim=1).values, want, rtol=1e-4, atol=1e-43)
+    assert again == (0 if size == 1e-18 else 64)
+
+
+def test_it_is_taken_where_it_is_faster(monkeypatch):
+    monkeypatch.setattr(cpu_bf16, "AGAIN", 48)
+    assert [cpu_bf16.pays(k, f) for k, f in ((32, 4608), (128, 4608), (64, 16384), (4, 48))] == [
+        True,
+        False,
+        True,
+        False,
+    ]

@@ -1,5 +1,8 @@
 """Held-out metrics: known values on hand-made cases, and merge equals update on everything."""
 
+import weakref
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -13,6 +16,7 @@ from sae_train.places import Places
 from sae_train.registry import discover
 from sae_train.sae.linear import LinearConfig, LinearSAE
 from sae_train.sae.matryoshka import MatryoshkaConfig, MatryoshkaSAE
+from sae_train.train.members import judged_together
 
 discover("sae_train.metrics")
 D, F = 5, 9
@@ -174,3 +178,24 @@ def test_the_first_held_out_rows_are_judged_as_rows_of_their_own():
     assert first == alone != all_of_them
     assert whole.first(500).rows["h"].shape == x.shape
     assert torch.equal(whole.first(20).mean("h"), whole.mean("h"))
+
+
+def test_saes_that_are_made_to_be_judged_are_made_one_after_the_other():
+    made = []
+
+    class Whole:
+        pass
+
+    class Averaged:
+        averages, split = True, SimpleNamespace(whole=True)
+
+        def whole(self):
+            whole = Whole()
+            made.append(weakref.ref(whole))
+            assert sum(one() is not None for one in made) == 1
+            return whole
+
+    seen = 0
+    for wholes in judged_together([Averaged(), Averaged(), Averaged()]):
+        seen += len(wholes)
+    assert seen == len(made) == 3

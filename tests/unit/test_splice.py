@@ -1,6 +1,7 @@
 """Cross-entropy with activations replaced, against cases that can be worked out by hand."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -132,6 +133,29 @@ def test_ablations_that_are_known_are_not_run_again_and_change_nothing(tiny_mode
     other = report(there, ablated)
     assert len(passes) == 4, "another place has ablations of its own"
     assert other == report(there, {}) and other["ce_zero"] != first["ce_zero"]
+
+
+def test_nothing_to_judge_is_nothing_to_tell(tiny_model):
+    windows, mask = make_windows()
+    assert splice_reports(tiny_model("llama"), windows, mask, []) == []
+
+
+def test_no_more_than_two_sets_of_logits_are_held_at_once(tiny_model, monkeypatch):
+    monkeypatch.setattr(splice, "FORWARD_TOKENS", 2 * T)
+    windows, mask = make_windows()
+    site, alive, most = resolve("resid_post.1", tiny_model("llama")), [], []
+    whole = splice.logits
+
+    def counted(*args):
+        made = whole(*args)
+        alive.append(weakref.ref(made))
+        most.append(sum(one() is not None for one in alive))
+        return made
+
+    monkeypatch.setattr(splice, "logits", counted)
+    saes = [Spliced([site], [site], lambda rows, i=i: i * rows, [torch.zeros(32)]) for i in range(3)]
+    splice_reports(tiny_model("llama"), windows, mask, saes)
+    assert max(most) == 2 and len(most) == 3 * (1 + 3 + 2)
 
 
 NAMES = ["resid_post.1", "resid_post.0", "mlp_out.1", "resid_pre.2", "attn_out.0", "embed"]
