@@ -8,7 +8,6 @@ The counters are on the devices; asking for them does not import Triton.
 
 import sys
 
-import torch
 from torch import Tensor
 
 from sae_kernels import cpu_bf16
@@ -20,14 +19,11 @@ def fallbacks() -> dict[str, int]:
     Returns:
         "fallback_rows": rows of `topk_encode`; "fallback_batches": batches of `batch_topk_encode`. An op
         that has guessed nothing in this process has no entry."""
-    rows: dict[torch.device, Tensor] = cpu_bf16.fallback_rows()
-    counters: dict[str, dict[torch.device, Tensor]] = {"fallback_rows": rows}
+    counters: dict[str, list[Tensor]] = {"fallback_rows": [*cpu_bf16.fallback_rows().values()]}
     if (recover := sys.modules.get("sae_kernels.triton.recover")) is not None:
-        counters["fallback_rows"] |= recover.fallback_rows()
+        counters["fallback_rows"] += recover.fallback_rows().values()
     if (compress := sys.modules.get("sae_kernels.triton.compress")) is not None:
-        counters["fallback_batches"] = compress._fallbacks
+        counters["fallback_batches"] = [*compress._fallbacks.values()]
     return {
-        name: sum(int(count) for count in by_device.values())
-        for name, by_device in counters.items()
-        if by_device
+        name: sum(int(count) for count in of_devices) for name, of_devices in counters.items() if of_devices
     }

@@ -230,6 +230,10 @@ def test_what_was_encoded_again_is_told_per_op_and_asking_does_not_import_triton
             from sae_kernels.triton import compress
             compress.batch_topk_encode(torch.randn(20, 4), w, b, 2, guess=1e9)
             assert fallbacks() == {"fallback_rows": 20, "fallback_batches": 1}
+        from sae_kernels import cpu, cpu_bf16
+        cpu.NATIVE_BF16, cpu_bf16.AGAIN = True, 1
+        cpu.topk_encode(torch.zeros(7, 4).bfloat16(), w.bfloat16(), b, 1)
+        assert fallbacks() == {"fallback_rows": 27, "fallback_batches": 1}
     """
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, env=environment, timeout=110)
