@@ -159,9 +159,9 @@ def evaluate(
     """
     results = [_reconstruction(sae, places, heldout, config) for sae, places in saes]
     if splice is not None and ce_tokens > 0:
+        means = {hook: heldout.mean(hook) for hook in {h for _, places in saes for h in places.outputs}}
         stand_ins = [
-            StandIn(places, _forward(sae), [heldout.mean(hook) for hook in places.outputs])
-            for sae, places in saes
+            StandIn(places, _forward(sae), [means[hook] for hook in places.outputs]) for sae, places in saes
         ]
         for (numbers, _), costs in zip(results, splice(stand_ins, ce_tokens), strict=True):
             numbers |= costs

@@ -147,17 +147,6 @@ class Spliced:
         }
 
 
-def splice_report(
-    model: nn.Module,
-    windows: Windows,
-    mask: Tensor,
-    sae: Spliced,
-    other: nn.Module | None = None,
-) -> dict[str, float]:
-    """`splice_reports` of one SAE."""
-    return splice_reports(model, windows, mask, [sae], other)[0]
-
-
 def splice_reports(
     model: nn.Module,
     windows: Windows,

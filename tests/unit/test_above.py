@@ -51,9 +51,10 @@ def assert_the_same(model: nn.Module, sites: list[Site], skipped: int) -> None:
     """Passes of what is above give the bits of whole ones, twice, after which the model is as it was."""
     above = Above(model, sites)
     assert len(above.skipped) == skipped
-    clean = run(model)
+    clean, hooks = run(model), [len(layer._forward_hooks) for layer in layers(model)]
     with above.remembering():
         assert torch.equal(run(model), clean)
+    assert [len(layer._forward_hooks) for layer in layers(model)] == hooks
     with hooked(model, halved(sites)):
         whole = run(model)
         assert not torch.equal(whole, clean)

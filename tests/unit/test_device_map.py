@@ -15,7 +15,7 @@ from sae_train.errors import InputError
 from sae_train.harvest.harvester import Harvester
 from sae_train.harvest.hooks import resolve
 from sae_train.harvest.model import DEVICE_MAPS, ModelConfig, check_placed, load_model
-from sae_train.harvest.splice import Spliced, splice_report
+from sae_train.harvest.splice import Spliced, splice_reports
 from sae_train.harvest.windows import Windows
 
 T = 12
@@ -35,9 +35,12 @@ def measured(model: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict[str,
     windows, sites = make_windows(), [resolve(name, model) for name in HOOKS]
     rows = Harvester(model, sites, 2, context_length=T).rows(windows)
     mean = torch.zeros(rows[sites[0].key].shape[-1])
-    costs = splice_report(
-        model, windows, windows.valid.clone(), Spliced(sites[:1], sites[:1], lambda x: x.float() / 2, [mean])
-    )
+    costs = splice_reports(
+        model,
+        windows,
+        windows.valid.clone(),
+        [Spliced(sites[:1], sites[:1], lambda x: x.float() / 2, [mean])],
+    )[0]
     return rows, costs
 
 

@@ -18,7 +18,7 @@ from sae_train.harvest.harvester import Harvester
 from sae_train.harvest.hooks import Site, resolve
 from sae_train.harvest.model import ModelConfig
 from sae_train.harvest.second import check_embeddings, check_tokenizers, of_second, second
-from sae_train.harvest.splice import Spliced, cross_entropy, splice_report, splice_reports
+from sae_train.harvest.splice import Spliced, cross_entropy, splice_reports
 from sae_train.harvest.windows import Windows
 from sae_train.metrics.sharing import decoder_shares
 from sae_train.places import Widths
@@ -227,7 +227,9 @@ def test_each_model_runs_with_its_own_rows_replaced_and_has_its_own_scores(tiny_
     windows, mask = make_windows()
     here, there = sites_of(["resid_post.1", "resid_post.0@other"], model, other)
     means = [torch.linspace(-1, 1, 32), torch.linspace(2, -2, 32)]
-    report = splice_report(model, windows, mask, Spliced([here, there], [here, there], swap, means), other)
+    report = splice_reports(
+        model, windows, mask, [Spliced([here, there], [here, there], swap, means)], other
+    )[0]
     theirs = {True: ordinary(model, here, windows, mask), False: ordinary(other, there, windows, mask)}
     for one, site, prefix, mean in ((model, here, "", means[0]), (other, there, "other/", means[1])):
 
@@ -265,9 +267,9 @@ def test_what_changes_one_model_only_has_that_models_scores_under_the_usual_name
     windows, mask = make_windows()
     read, made = sites_of(inputs, model, other), sites_of(outputs, model, other)
     first = torch.zeros(32)
-    report = splice_report(
-        model, windows, mask, Spliced(read, made, lambda rows: rows[:, :32], [first]), other
-    )
+    report = splice_reports(
+        model, windows, mask, [Spliced(read, made, lambda rows: rows[:, :32], [first])], other
+    )[0]
     one, site = (other, made[0]) if of_other else (model, made[0])
     source = ordinary(other if read[0].other else model, read[0], windows, mask)
     assert len(report) == 8
@@ -287,7 +289,7 @@ def test_what_an_sae_is_told_does_not_depend_on_those_judged_with_it(tiny_model,
         Spliced([there], [there], torch.zeros_like, means[1:]),
     ]
     together = splice_reports(model, windows, mask, saes, other)
-    assert together == [splice_report(model, windows, mask, sae, other) for sae in saes]
+    assert together == [splice_reports(model, windows, mask, [sae], other)[0] for sae in saes]
     assert together[::-1] == splice_reports(model, windows, mask, saes[::-1], other)
 
 
@@ -297,7 +299,9 @@ def test_a_model_that_predicts_nothing_is_read_but_has_no_scores(first, tiny_mod
     windows, mask = make_windows()
     sites = sites_of(["resid_post.1", "resid_post.1@other"], *pair)
     means = [torch.zeros(32)] * 2
-    report = splice_report(pair[0], windows, mask, Spliced(sites, sites, lambda rows: rows, means), pair[1])
+    report = splice_reports(
+        pair[0], windows, mask, [Spliced(sites, sites, lambda rows: rows, means)], pair[1]
+    )[0]
     prefix = "other/" if first else ""
     assert set(report) == {prefix + key for key in ("ce_clean", "ce_sae", "ce_zero", "ce_mean")} | {
         prefix + key for key in ("kl_sae", "recovered_zero", "recovered_mean", "tokens")
@@ -305,9 +309,9 @@ def test_a_model_that_predicts_nothing_is_read_but_has_no_scores(first, tiny_mod
     assert report[f"{prefix}ce_sae"] == report[f"{prefix}ce_clean"]
     encoder = sites[0 if first else 1]
     with pytest.raises(InputError, match="causal LM"):
-        splice_report(
-            pair[0], windows, mask, Spliced(sites, [encoder], lambda rows: rows[:, :32], means[:1]), pair[1]
-        )
+        splice_reports(
+            pair[0], windows, mask, [Spliced(sites, [encoder], lambda rows: rows[:, :32], means[:1])], pair[1]
+        )[0]
 
 
 # -- shares -----------------------------------------------------------------------------------------

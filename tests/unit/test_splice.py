@@ -9,7 +9,7 @@ import torch
 from sae_train.errors import InputError
 from sae_train.harvest import splice
 from sae_train.harvest.hooks import resolve
-from sae_train.harvest.splice import Spliced, cross_entropy, logits, splice_report, splice_reports
+from sae_train.harvest.splice import Spliced, cross_entropy, logits, splice_reports
 from sae_train.harvest.windows import Windows
 
 EPS = 2.0**-24
@@ -100,7 +100,7 @@ def test_the_report_is_the_four_runs_and_scores_from_them(tiny_model):
     def shrink(rows):
         return 0.7 * rows
 
-    report = splice_report(model, windows, mask, Spliced([site], [site], shrink, [mean]))
+    report = splice_reports(model, windows, mask, [Spliced([site], [site], shrink, [mean])])[0]
     ce = {
         "clean": cross_entropy(model, windows, mask).ce,
         "sae": cross_entropy(model, windows, mask, {site: shrink}).ce,
@@ -181,7 +181,7 @@ def test_several_saes_are_told_what_each_is_told_alone(model_type, tiny_model, m
     together = splice_reports(model, windows, mask, saes)
     chunks = 3
     assert len(passes) == chunks * (1 + len(saes) + 2 * (len(saes) - 1))
-    assert together == [splice_report(model, windows, mask, sae) for sae in saes]
+    assert together == [splice_reports(model, windows, mask, [sae])[0] for sae in saes]
     assert together[1]["ce_sae"] == together[0]["ce_zero"] != together[0]["ce_sae"]
     for sae, report in zip(saes, together, strict=True):  # against passes of the whole model
         if len(sae.outputs) == 1:
@@ -200,7 +200,7 @@ def test_a_perfect_reconstruction_recovers_everything(tiny_model):
     model = tiny_model("gpt2")
     windows, mask = make_windows()
     site = [resolve("mlp_out.1", model)]
-    report = splice_report(model, windows, mask, Spliced(site, site, identity, [torch.zeros(32)]))
+    report = splice_reports(model, windows, mask, [Spliced(site, site, identity, [torch.zeros(32)])])[0]
     assert report["ce_sae"] == report["ce_clean"]
     assert report["ce_mean"] == report["ce_zero"]  # the mean given is zero
     assert (report["recovered_zero"], report["recovered_mean"], report["kl_sae"]) == (1.0, 1.0, 0.0)
@@ -246,4 +246,4 @@ def test_nothing_to_predict_is_an_error_and_not_a_nan(tiny_model):
     model = tiny_model("llama")
     site = [resolve("resid_post.1", model)]
     with pytest.raises(InputError, match="at least one ordinary token"):
-        splice_report(model, windows, mask & False, Spliced(site, site, identity, [torch.zeros(32)]))
+        splice_reports(model, windows, mask & False, [Spliced(site, site, identity, [torch.zeros(32)])])[0]
