@@ -151,9 +151,10 @@ def _memory(job: Job, members: Iterable[MemberShape]) -> tuple[dict[str, dict[st
     averages = weights + 8 * len(own) if config.train.ema > 0 else 0
     slow = [m for m in own if not is_fused(job, m)]
     kept_grads = sum(_matrices(m, job, all_of_them=True) for m in slow)
-    grads = kept_grads + max((2 * _one(m, job) for m in own if is_fused(job, m)), default=0)
+    at_once = _at_once(job, len(own))
+    grads = kept_grads + _largest(at_once, (2 * _one(m, job) for m in own if is_fused(job, m)))
     held = [_held(job, m) for m in own]
-    step = max(_step(job, m) for m in own) + 2 * sum(held) - max(held)
+    step = _largest(at_once, (_step(job, m) for m in own)) + 2 * sum(held) - _largest(at_once, held)
     undivided = replace(job, feature=1)
     copy = max(_matrices(m, undivided) for m in own)  # one after the other
     # The first process of a group makes the weights of all latents, and has them to judge and to publish.
@@ -192,6 +193,17 @@ def _memory(job: Job, members: Iterable[MemberShape]) -> tuple[dict[str, dict[st
     }
     host = BASE_BYTES[job.model is not None] + (snapshot or weights + counters) + REPORT_BYTES
     return {name: dict(zip(STAGES, found, strict=True)) for name, found in parts.items()}, host
+
+
+def _at_once(job: Job, own: int) -> int:
+    """SAEs that step at a time (train/side_by_side.py)."""
+    apart = not job.gpu and job.data * job.feature == 1 and job.config.train.loss == "rows"
+    return min(own, job.cores) if apart else 1
+
+
+def _largest(count: int, of: Iterable[int]) -> int:
+    """The sum of the largest."""
+    return sum(sorted(of, reverse=True)[:count])
 
 
 def _one(member: MemberShape, job: Job) -> int:

@@ -7,6 +7,7 @@ Rows where it can have are encoded again in float32, and counted.
 """
 
 from collections.abc import Callable
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ Codes = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 _again = torch.zeros((), dtype=torch.int64)
 _used = False
+_counting = Lock()
+"""Several threads may encode at a time."""
 
 
 def fallback_rows() -> dict[torch.device, Tensor]:
@@ -74,7 +77,8 @@ def encoder(
         hidden = least + ROUNDING * (least.abs() + lift) + summing
         failed = (values.amin(dim=1) > hidden).logical_not_().nonzero().squeeze(1)  # NaN is among them
         if len(failed):
-            _again.add_(len(failed))
+            with _counting:
+                _again.add_(len(failed))
             values[failed], indices[failed] = whole(rows[failed])
         return values, indices
 

@@ -17,9 +17,9 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 
+from sae_train.cli.check import check, hooks_of
 from sae_train.cli.compose import run_composed
 from sae_train.cli.fit import device_bytes, helps, here, job_of, rows_of, spread_over
-from sae_train.cli.train import check, hooks_of
 from sae_train.config import Config, to_config
 from sae_train.devices import native_bfloat16, pick_device
 from sae_train.errors import InputError

@@ -1,7 +1,6 @@
 """sae-train train: compose, check, wire, train, evaluate, publish into the run folder, report."""
 
 import logging
-import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from sae_kernels import use_backend
 
 from sae_train import stop
 from sae_train.checkpoint import Checkpointer
+from sae_train.cli.check import check, check_widths, hooks_of
 from sae_train.cli.compose import run_composed
 from sae_train.cli.finish import finish, timed
 from sae_train.cli.fit import refuse_unfit
@@ -26,21 +26,21 @@ from sae_train.cli.wire import Wired, wire
 from sae_train.config import Config, as_tree, run_folder, to_config
 from sae_train.devices import native_bfloat16, pick_device
 from sae_train.errors import InputError
-from sae_train.evaluate import build_metrics, evaluate
+from sae_train.evaluate import evaluate
 from sae_train.files import write_bytes
 from sae_train.log import METRICS_FILE, MetricLog, new_wandb_id, setup_logging
 from sae_train.member_set import members
 from sae_train.ranks import Ranks, joined
-from sae_train.sae.base import SAES
 from sae_train.sae.io import load_sae
 from sae_train.split import Split, divided
 from sae_train.train.clock import Clock
 from sae_train.train.kernels import choose_stepper
-from sae_train.train.members import Member, MemberConfig, check_optimizer
+from sae_train.train.members import Member, MemberConfig
 from sae_train.train.progress import Progress
 from sae_train.train.record import RunRecord, versions
 from sae_train.train.resume import check_fingerprint, check_resume, flatten
 from sae_train.train.saver import Saver
+from sae_train.train.side_by_side import SideBySide
 from sae_train.train.state import TrainState, seed_rng
 from sae_train.train.stepper import AutogradStepper
 from sae_train.train.trainer import Trainer
@@ -296,6 +296,7 @@ def _train(
             log_every=config.logger.every,
             eval_every=eval_every,
             save_every=config.checkpoint.every,
+            side_by_side=steps_side_by_side(config, device, len(built), len(wanted)),
             resample_every=config.train.resample_every,
             allow_short=config.corpus.allow_short,
             ranks=ranks,
@@ -329,6 +330,13 @@ def _train(
     return 0
 
 
+def steps_side_by_side(config: Config, device: torch.device, own: int, all_of_run: int) -> SideBySide:
+    """Whether SAEs step at a time: not where they share a device's queue, a language model or messages."""
+    apart = device.type == "cpu" and config.mesh.data * config.mesh.feature == 1
+    apart = apart and config.train.loss == "rows"
+    return SideBySide.of(own, all_of_run, torch.get_num_threads()) if apart else SideBySide()
+
+
 def begin_folder(config: Config, folder: Path, record: RunRecord) -> None:
     """Write down what this leg of the run is."""
     record.write(folder)
@@ -340,61 +348,3 @@ def was_trained(folder: Path, checkpoints: Path) -> bool:
     """Whether a run that was killed has got as far as logging, and somebody removed its checkpoints since."""
     metrics = folder / METRICS_FILE
     return not checkpoints.exists() and metrics.exists() and metrics.stat().st_size > 0
-
-
-def check(config: Config) -> None:
-    """What can be known to be wrong before anything is loaded."""
-    if config.train.batch_tokens % config.source.lanes:
-        raise InputError(
-            "train.batch_tokens",
-            config.train.batch_tokens,
-            f"a multiple of source.lanes={config.source.lanes}",
-        )
-    if config.mesh.harvest and config.source.name != "stream":
-        wanted = f"0 with source={config.source.name}: there is no model to harvest from"
-        raise InputError("mesh.harvest", config.mesh.harvest, wanted)
-    parts = config.mesh.data * config.train.accumulate
-    if config.train.batch_tokens % parts:
-        key = "mesh.data x train.accumulate" if config.train.accumulate > 1 else "mesh.data"
-        raise InputError(key, parts, f"a divisor of train.batch_tokens={config.train.batch_tokens}")
-    divides = config.mesh.data * config.mesh.feature > 1
-    if divides and config.train.resample_every:
-        raise InputError(
-            "train.resample_every", config.train.resample_every, "0 with mesh.data or mesh.feature"
-        )
-    if (divides or config.mesh.harvest) and config.train.loss != "rows":
-        raise InputError("train.loss", config.train.loss, "rows with mesh.data, mesh.feature or mesh.harvest")
-    if config.model.device_map is not None:
-        beside = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-        if beside > 1:
-            wanted = f"null, or one process on each machine; there are {beside} here, each would take all"
-            raise InputError("model.device_map", config.model.device_map, wanted)
-        if config.train.loss != "rows":
-            raise InputError("train.loss", config.train.loss, "rows with model.device_map")
-    build_metrics(config.eval.metrics, 1, 1)
-    if config.train.loss != "rows":
-        length, count = (
-            config.corpus.context_length,
-            config.train.batch_tokens // config.corpus.context_length,
-        )
-        if config.train.batch_tokens % length or count % config.train.accumulate:
-            wanted = f"a multiple of corpus.context_length={length} with train.loss={config.train.loss}"
-            if config.train.accumulate > 1:
-                wanted += f", and of train.accumulate={config.train.accumulate} times that"
-            raise InputError("train.batch_tokens", config.train.batch_tokens, wanted)
-
-
-def check_widths(wanted: list[MemberConfig], dims: Mapping[str, int], split: Split) -> None:
-    """Build every member without memory: what does not fit its hook's width says so before weights load."""
-    for member in wanted:
-        member.optim.check_library()
-        only = next(iter(dims.values()))  # what `auto` means
-        widths = member.places.widths({hook: dims.get(hook, only) for hook in member.places.hooks})
-        check_optimizer(member.optim, split)
-        with torch.device("meta"):
-            SAES.build(member.sae, widths).split_(split)
-
-
-def hooks_of(wanted: list[MemberConfig]) -> list[str]:
-    """Every hook that a member reads or reconstructs, as the user spelt it, once."""
-    return list(dict.fromkeys(hook for member in wanted for hook in member.places.hooks))

@@ -35,7 +35,7 @@ from sae_train.losses import Losses
 from sae_train.sae.base import LinearLatents
 from sae_train.train.members import Member
 from sae_train.train.optim import OptimConfig
-from sae_train.train.stepper import Step, count_skipped
+from sae_train.train.stepper import Step, autocast, count_skipped
 
 
 def cannot_fuse(member: Member, accumulate: int, autocast: torch.dtype | None = None) -> str | None:
@@ -162,7 +162,7 @@ class FusedStepper:
         assert form.dead_loss is not None
         with torch.enable_grad():
             rows = [w.detach()[dead].requires_grad_() for w in (form.w_enc, form.b_enc, form.w_dec)]
-            with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            with autocast(x.device, self.autocast):
                 loss = form.dead_loss(residual, x, *rows)
             w_enc, b_enc, w_dec = torch.autograd.grad(loss, rows)
         return loss.detach(), DeadGrads(dead, w_enc, b_enc, w_dec)

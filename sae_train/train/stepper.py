@@ -56,7 +56,7 @@ class AutogradStepper:
         optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=sae.input_scale.device)
         for part, context, weight in self._micro_batches(member, batch):
-            with torch.autocast(total.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            with autocast(total.device, self.autocast):
                 losses = self._losses(member, part, context)
             share = losses.total * weight
             share.backward()
@@ -116,6 +116,12 @@ class AutogradStepper:
         """
         member.optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
         member.optimizer.grad_scale = None  # type: ignore[attr-defined]
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """Matrix products in dtype; None leaves them alone. Casts are not kept for a second use: the store of
+    them is one for all threads, and what one SAE's step finds there would depend on another's."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
 
 
 def count_skipped(member: Member, norm: Tensor) -> None:

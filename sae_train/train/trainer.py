@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from sae_train.train.members import Member, judged_together
 from sae_train.train.progress import Progress
 from sae_train.train.resample import resample_member
 from sae_train.train.saver import Saver
+from sae_train.train.side_by_side import SideBySide
 from sae_train.train.state import TrainState
 from sae_train.train.stepper import Step, Stepper
 from sae_train.train.system import SystemMeter, worst
@@ -136,6 +138,8 @@ class Trainer:
     meter: SystemMeter = field(default_factory=SystemMeter)
     fallbacks_seen: dict[str, int] = field(default_factory=fallbacks)
     """Of the kernels, in this process, at the last log line; the next one shows what came since."""
+    side_by_side: SideBySide = field(default_factory=SideBySide)
+    """How many members step at a time."""
     resample_every: int = 0
     """Steps; 0 is never."""
     allow_short: bool = False
@@ -152,7 +156,8 @@ class Trainer:
             NumericsError: too many steps in a row without finite gradients; the last good checkpoint is kept.
         """
         try:
-            self._fit(state, steps)
+            with self.side_by_side:
+                self._fit(state, steps)
         except stop.Interrupted as error:
             self.save(state)
             raise stop.Interrupted(
@@ -190,7 +195,8 @@ class Trainer:
                 self._end_of_data(state, steps)
                 return
             with self.clock.phase("SAE step"):
-                done = [self._step(member, rows, state.step) for member in state.members]
+                step = partial(self._step, rows=rows, step=state.step)
+                done = self.side_by_side.each(step, state.members)
                 state.ledger.add(rows.ids)
             state.step += 1
             state.tokens += len(rows.ids)

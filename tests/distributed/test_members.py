@@ -19,9 +19,15 @@ def members(run: Path) -> dict[str, Any]:
     return summary
 
 
-@pytest.mark.parametrize(("source", "size"), [("model", 3), ("synthetic", 2)])
-def test_a_run_of_several_processes_is_bit_for_bit_that_of_one(source, size, launch, zygote, tiny, tmp_path):
+@pytest.mark.parametrize(
+    ("source", "size", "threads"), [("model", 3, 1), ("synthetic", 2, 1), ("synthetic", 2, 4)]
+)
+def test_a_run_of_several_processes_is_bit_for_bit_that_of_one(
+    source, size, threads, launch, zygote, tiny, tmp_path
+):
+    """With threads for it, SAEs of one process step at a time."""
     args = [*(tiny if source == "model" else SYNTHETIC), *SHORT, *DYING, "source.lanes=4", GRID]
+    args.append(f"run.threads={threads}")
     zygote.run("train", *args, f"run.dir={tmp_path / 'one'}", plots=False)
     launch(size, "train", *args, f"run.dir={tmp_path / 'several'}").wait(0)
     assert differences(final_state(tmp_path / "one"), final_state(tmp_path / "several")) == []

@@ -134,6 +134,23 @@ def test_a_mesh_divides_what_it_divides_and_nothing_else():
     assert not is_fused(replace(job(), processes=2, feature=2), job().members[0])
 
 
+def test_saes_that_step_at_a_time_have_temporaries_at_a_time():
+    four, alone = job("grid={seed: [0, 1, 2, 3]}"), job()
+
+    def held(of: Job, name: str) -> int:
+        return make(of).parts[name]["training"]
+
+    for name in ("SAEs, gradients", "SAEs, activations of a step"):
+        one = held(replace(alone, cores=1), name)
+        kept = held(replace(four, cores=1), name) - one  # of every SAE, from one step to the next
+        beside = held(replace(four, cores=2), name) - kept - one
+        assert 0 < beside <= one and held(replace(four, cores=4), name) == 3 * beside + kept + one
+        assert held(replace(four, cores=99), name) == held(replace(four, cores=4), name)
+        for other in (replace(four, data=2, processes=2), replace(four, hardware=HARDWARE["h100"])):
+            assert held(replace(other, cores=4), name) == held(replace(other, cores=1), name)
+    assert held(replace(alone, cores=4), name) == one
+
+
 def test_saes_are_dealt_to_groups_of_processes_round_robin():
     several = job("grid={d_sae: [512, 1024, 2048]}")
     sizes = [weights_bytes(member) for member in several.members]
