@@ -18,7 +18,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sae_train.plan_job import MIB, Job, MemberShape, Parameter
+from sae_train.plan_job import MIB, Job, MemberShape
+from sae_train.plan_step import (
+    chunk_bytes,
+    held_bytes,
+    is_fused,
+    larger_matrix,
+    low_copies,
+    matrices,
+    share,
+    temporaries,
+)
 
 STAGES = ("start", "training", "judging", "report")
 MARGIN = 0.15
@@ -39,12 +49,6 @@ INIT_ROWS = 32_768
 """As in cli/train.py: rows that weights start from."""
 COUNTERS_BYTES = 28
 """Per latent, of `FeatureStats`: three int64 and a float32."""
-CHUNK_ELEMENTS = {"cpu": 4 << 20, "gpu": 64 << 20}
-"""Pre-activations that an encoder holds at a time (kernels/sae_kernels/cpu.py, chunked.py)."""
-CHUNK_ROWS = 256
-GROUP_MAX_ELEMENTS = 16 << 20
-BLOCKS_BYTES = 100 * MIB
-"""Temporaries of an optimizer step in blocks (bfloat16 moments, active rows): measured, at any width."""
 SPLICE_TOKENS, SPLICE_NUMBERS = 1_024, {"cpu": 2**20, "gpu": 2**24}
 """As in harvest/splice.py: tokens whose logits are held, and numbers whose log-softmax is taken, at once."""
 SYNTHETIC_BLOCK = 8_192
@@ -100,17 +104,9 @@ def make(job: Job) -> Plan:
     return Plan(parts, host, _disk(job), rate, job.config.train.tokens * seconds / 3600)
 
 
-def is_fused(job: Job, member: MemberShape) -> bool:
-    """Whether steps of this member are fused, as `choose_stepper` decides."""
-    train = job.config.train
-    alone = job.data * job.feature == 1 and train.accumulate == 1 and train.loss == "rows"
-    asked = job.config.kernels.stepper != "autograd"
-    return alone and asked and member.one_form and member.optim.name == "adam"
-
-
 def weights_bytes(member: MemberShape, feature: int = 1) -> int:
     """What `SAE.state_dict` holds."""
-    return sum(4 * _share(p, feature) for p in member.parameters) + member.buffers_bytes
+    return sum(4 * share(p, feature) for p in member.parameters) + member.buffers_bytes
 
 
 def optimizer_bytes(member: MemberShape, feature: int = 1) -> int:
@@ -119,7 +115,7 @@ def optimizer_bytes(member: MemberShape, feature: int = 1) -> int:
     total = 4 * member.latents if optim.rows == "active" else 0
     total += 4 if optim.clip_norm == "lagged" else 0
     for parameter in member.parameters:
-        numel = _share(parameter, feature)
+        numel = share(parameter, feature)
         if optim.name == "muon" and parameter.matrix:
             total += 4 * numel
         elif optim.name == "schedule_free":
@@ -130,10 +126,6 @@ def optimizer_bytes(member: MemberShape, feature: int = 1) -> int:
             low = optim.moments == "bfloat16" and parameter.matrix
             total += (4 if low else 8) * numel + 4
     return total
-
-
-def _share(parameter: Parameter, feature: int) -> int:
-    return -(-parameter.numel // feature) if parameter.of_latents else parameter.numel
 
 
 def _totals(parts: dict[str, dict[str, int]]) -> list[int]:
@@ -150,17 +142,20 @@ def _memory(job: Job, members: Iterable[MemberShape]) -> tuple[dict[str, dict[st
     counters = sum(COUNTERS_BYTES * -(-m.latents // job.feature) for m in own)
     averages = weights + 8 * len(own) if config.train.ema > 0 else 0
     slow = [m for m in own if not is_fused(job, m)]
-    kept_grads = sum(_matrices(m, job, all_of_them=True) for m in slow)
+    kept_grads = sum(matrices(m, job, all_of_them=True) for m in slow)
     at_once = _at_once(job, len(own))
-    grads = kept_grads + _largest(at_once, (2 * _one(m, job) for m in own if is_fused(job, m)))
-    held = [_held(job, m) for m in own]
-    step = _largest(at_once, (_step(job, m) for m in own)) + 2 * sum(held) - _largest(at_once, held)
+    grads = kept_grads + _largest(at_once, (2 * larger_matrix(m, job) for m in own if is_fused(job, m)))
+    low = sum(low_copies(job, m) for m in own if is_fused(job, m))  # kept from step to step
+    held = [held_bytes(job, m) for m in own]
+    step = _largest(at_once, (temporaries(job, m) for m in own)) + 2 * sum(held) - _largest(at_once, held)
     undivided = replace(job, feature=1)
-    copy = max(_matrices(m, undivided) for m in own)  # one after the other
+    copy = max(matrices(m, undivided) for m in own)  # one after the other
     # The first process of a group makes the weights of all latents, and has them to judge and to publish.
     whole = max(weights_bytes(m) + COUNTERS_BYTES * m.latents for m in own) if job.feature > 1 else 0
     published = copy * (2 if averages or any(m.optim.name == "schedule_free" for m in own) else 1)
-    snapshot = weights + moments + counters + averages if saves else 0
+    first = weights + counters  # the checkpoint of step 0
+    small = not job.gpu and max(larger_matrix(m, job) for m in own) < MALLOC_KEEPS
+    snapshot = weights + moments + counters + averages if saves else first if small else 0
     shards = _shards(job)
     heldout, heldout_made = _heldout(job)
     forward = _forward(job)
@@ -170,7 +165,6 @@ def _memory(job: Job, members: Iterable[MemberShape]) -> tuple[dict[str, dict[st
     base = GPU_BASE_BYTES if job.gpu else BASE_BYTES[job.model is not None]
     slack = 0 if job.gpu else SLACK_BYTES
     drawn = 0 if job.gpu else REPORT_BYTES
-    small = not job.gpu and max(_one(m, job) for m in own) < MALLOC_KEEPS
     freed = snapshot + forward if small else 0
     here = 0 if job.gpu else 1  # a checkpoint's copy is in RAM
     model = job.model.weights_bytes // job.spread if job.model else 0
@@ -182,16 +176,17 @@ def _memory(job: Job, members: Iterable[MemberShape]) -> tuple[dict[str, dict[st
         "shards": (shards, shards, shards, 0 if job.processes == 1 else shards),
         "held-out rows": (heldout_made, heldout, heldout, heldout),
         "SAEs, weights": (weights, weights, weights, weights),
+        "SAEs, weights in bfloat16": (0, low, low, low if small else 0),
         "SAEs, optimizer state": (0, moments, moments, moments),
         "SAEs, statistics and averages": (state, state, state, state),
         "SAEs, gradients": (0, grads, kept_grads, kept_grads),
         "SAEs, activations of a step": (0, step, sum(held), 0),
         "SAEs, first weights": (start, 0, 0, 0),
-        "checkpoint, copy": (here * (weights + counters), here * snapshot, here * snapshot, 0),
+        "checkpoint, copy": (here * first, here * snapshot, here * snapshot, 0),
         "evaluation, model included" if job.model else "evaluation": (0, 0, judged if judges else 0, shown),
         "kept by malloc": (slack, slack, slack, slack + freed),
     }
-    host = BASE_BYTES[job.model is not None] + (snapshot or weights + counters) + REPORT_BYTES
+    host = BASE_BYTES[job.model is not None] + max(snapshot, first) + REPORT_BYTES
     return {name: dict(zip(STAGES, found, strict=True)) for name, found in parts.items()}, host
 
 
@@ -204,55 +199,6 @@ def _at_once(job: Job, own: int) -> int:
 def _largest(count: int, of: Iterable[int]) -> int:
     """The sum of the largest."""
     return sum(sorted(of, reverse=True)[:count])
-
-
-def _one(member: MemberShape, job: Job) -> int:
-    """Bytes of the larger weight matrix, as it is here, in float32."""
-    return 4 * max(_share(p, job.feature) for p in member.parameters)
-
-
-def _matrices(member: MemberShape, job: Job, all_of_them: bool = False) -> int:
-    return sum(4 * _share(p, job.feature) for p in member.parameters if p.matrix or all_of_them)
-
-
-def _rows(job: Job) -> int:
-    """Rows that a process puts through an SAE at once."""
-    train = job.config.train
-    return -(-train.batch_tokens // (train.accumulate * job.data))
-
-
-def _chunk(job: Job, latents: int) -> int:
-    """Bytes of pre-activations that an encoder holds at once."""
-    least = 0 if job.gpu else CHUNK_ROWS * latents
-    return 4 * max(least, min(CHUNK_ELEMENTS["gpu" if job.gpu else "cpu"], _rows(job) * latents))
-
-
-def _held(job: Job, member: MemberShape) -> int:
-    """What stays of a step until the next one of the same SAE has been made: codes and reconstruction."""
-    rows, latents = _rows(job), -(-member.latents // job.feature)
-    codes = 8 * member.slots if member.slots is not None else 4 * latents * (2 if member.pre else 1)
-    return rows * (codes + 4 * member.d_out)
-
-
-def _step(job: Job, member: MemberShape) -> int:
-    """Temporaries of one step, gradients left out: measured as multiples of what they are made of."""
-    rows, latents = _rows(job), -(-member.latents // job.feature)
-    matrix, width = _one(member, job), member.d_in + member.d_out
-    low = _matrices(member, job) // 2 if job.low else 0  # copies in bfloat16
-    if is_fused(job, member):
-        plain = member.optim.beyond_adam() in (None, "clip_norm")
-        return low + _chunk(job, latents) + rows * 8 * width + (0 if plain else BLOCKS_BYTES)
-    # The decoder's gradient is projected with a temporary of its size; some optimizers have more of them.
-    beside = matrix * {"muon": 2.5, "schedule_free": 2.0, "adam8bit": 4.0}.get(member.optim.name, 1.0)
-    nested = member.parts * rows * 4 * member.d_out + (matrix if member.parts > 1 else 0)
-    total = low + int(beside) + nested + rows * 20 * width
-    if member.slots is None:
-        return total + int(rows * latents * 4 * (6.25 if not member.pre else 7.25))
-    total += rows * member.slots * 40
-    if member.activation == "group_max":
-        return total + 4 * min(GROUP_MAX_ELEMENTS, rows * latents)
-    chunk = _chunk(job, latents)
-    return total + chunk + (chunk * 9 // 2 if member.activation == "batch_topk" else 0)
 
 
 def _shard_bytes(job: Job) -> int:
@@ -298,7 +244,8 @@ def _judging(job: Job, members: list[MemberShape]) -> int:
     """Codes of a batch of held-out rows, or the logits of the model as it is and with the SAE in it."""
     rows = job.config.eval.batch_tokens
     codes = max(
-        _chunk(job, m.latents) + rows * 12 * (m.d_in + m.d_out) + rows * 8 * (m.slots or 64) for m in members
+        chunk_bytes(job, m.latents) + rows * 12 * (m.d_in + m.d_out) + rows * 8 * (m.slots or 64)
+        for m in members
     )
     if job.model is None or max(job.config.eval.ce_tokens, job.config.eval.interval_ce_tokens) == 0:
         return codes
@@ -316,8 +263,8 @@ def _starting(job: Job, members: list[MemberShape]) -> int:
     found = 0
     for m in members:
         # Where a target decides, the largest pre-activations of the first rows do too.
-        ranked = 22 * _chunk(job, m.latents) // 4 if m.slots is None else 0
-        found = max(found, 16 * rows * m.d_in, 2 * _one(m, job), ranked)
+        ranked = 22 * chunk_bytes(job, m.latents) // 4 if m.slots is None else 0
+        found = max(found, 16 * rows * m.d_in, 2 * larger_matrix(m, job), ranked)
     return found
 
 
@@ -352,7 +299,7 @@ def _seconds_per_row(job: Job, members: Iterable[MemberShape]) -> float:
         products = (12 if dense else 2) * (m.d_in + m.d_out) / 2 * latents
         moved = 30 * 4 * latents if dense else 4 * 4 * (m.slots or 0) * (m.d_in + m.d_out) / 2
         total += (products / flops + moved / speed) / job.data
-        total += 20 * _matrices(m, job) / 2 / speed / batch
+        total += 20 * matrices(m, job) / 2 / speed / batch
     return total
 
 

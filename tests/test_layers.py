@@ -50,7 +50,7 @@ LAYERS: list[list[tuple[set[str], set[str]]]] = [
         )
     ],
     [({"load"}, {"torch"}), ({"launch"}, {"torch", "psutil"})],
-    [({"config", "member_set", "plan", "plan_job"}, {"hydra", "omegaconf"})],
+    [({"config", "member_set", "plan", "plan_job", "plan_step"}, {"hydra", "omegaconf"})],
     [({"sweep"}, {"hydra", "omegaconf", "rich", "yaml", "jinja2", "filelock", "optuna"})],
     [
         (

@@ -24,8 +24,9 @@ from sae_train.config import Config, to_config
 from sae_train.devices import native_bfloat16, pick_device
 from sae_train.errors import InputError
 from sae_train.member_set import members
-from sae_train.plan import MARGIN, STAGES, Plan, alternatives, is_fused, make
+from sae_train.plan import MARGIN, STAGES, Plan, alternatives, make
 from sae_train.plan_job import GIB, HARDWARE, MIB, Job
+from sae_train.plan_step import is_fused
 from sae_train.ranks import started
 
 

@@ -314,6 +314,7 @@ def _train(
             if status != "done" and ranks.lead:
                 record.write_last(folder, check)
         stop.together(False)
+        del trainer, stepper  # it has copies of weights for its products
         if ranks.size == 1:
             wired.source.close()  # what is harvested ahead is not needed any more
         progress.phase("evaluating")

@@ -12,8 +12,9 @@ from sae_train.cli.compose import compose
 from sae_train.cli.fit import job_of
 from sae_train.config import Config, to_config
 from sae_train.member_set import members
-from sae_train.plan import COUNTERS_BYTES, alternatives, is_fused, make, optimizer_bytes, weights_bytes
+from sae_train.plan import COUNTERS_BYTES, alternatives, make, optimizer_bytes, weights_bytes
 from sae_train.plan_job import GIB, HARDWARE, Job
+from sae_train.plan_step import is_fused
 from sae_train.train.kernels import choose_stepper
 from sae_train.train.members import Member, MemberConfig
 
