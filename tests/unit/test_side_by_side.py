@@ -94,7 +94,7 @@ def test_an_error_is_raised_when_all_are_through_and_the_first_of_them():
 
     with SideBySide(at_once=2, threads=1) as side_by_side:
         with pytest.raises(ValueError, match="of 0"):
-            side_by_side.each(work, [3, 0, 1, 2])
+            side_by_side.each(work, [0, 3, 1, 2])
         assert sorted(through) == [2, 3]
         assert side_by_side.each(lambda x: x * x, [3, 2, 1]) == [9, 4, 1]
 
