@@ -16,6 +16,7 @@ from sae_train.places import Places
 from sae_train.registry import discover
 from sae_train.sae.linear import LinearConfig, LinearSAE
 from sae_train.sae.matryoshka import MatryoshkaConfig, MatryoshkaSAE
+from sae_train.shards.synthetic import Truth
 from sae_train.train.members import judged_together
 
 discover("sae_train.metrics")
@@ -170,12 +171,14 @@ def test_the_first_held_out_rows_are_judged_as_rows_of_their_own():
     torch.manual_seed(0)
     sae = LinearSAE(LinearConfig(d_sae=12, activation=TopKConfig(k=3)), 5).eval()
     x, ordinary = torch.randn(50, 5), torch.rand(50) < 0.8
-    whole = HeldOut({"h": x}, {"h": ordinary})
+    truth = Truth(torch.eye(5), torch.full((5,), 0.5), Codes(x.relu(), None, 5))
+    whole = HeldOut({"h": x}, {"h": ordinary}, truth)
     config, places = EvalConfig(batch_tokens=16), Places(("h",))
     [(first, _)] = evaluate([(sae, places)], whole.first(20), config)
-    [(alone, _)] = evaluate([(sae, places)], HeldOut({"h": x[:20]}, {"h": ordinary[:20]}), config)
+    own = Truth(truth.features, truth.frequencies, Codes(x[:20].relu(), None, 5))
+    [(alone, _)] = evaluate([(sae, places)], HeldOut({"h": x[:20]}, {"h": ordinary[:20]}, own), config)
     [(all_of_them, _)] = evaluate([(sae, places)], whole, config)
-    assert first == alone != all_of_them
+    assert first == alone != all_of_them and "recovery/mcc" in first
     assert whole.first(500).rows["h"].shape == x.shape
     assert torch.equal(whole.first(20).mean("h"), whole.mean("h"))
 

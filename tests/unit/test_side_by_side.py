@@ -9,6 +9,7 @@ from same_bits import assert_same_bits, tensors
 
 from sae_train.batch import RowBatch
 from sae_train.cli.compose import compose
+from sae_train.cli.train import steps_side_by_side
 from sae_train.config import to_config
 from sae_train.member_set import members
 from sae_train.train.kernels import choose_stepper
@@ -112,4 +113,25 @@ def test_an_error_is_raised_when_all_are_through_and_the_first_of_them():
 )
 def test_threads_of_a_step_follow_from_the_run_not_from_its_processes(own, all_of_run, threads, expected):
     made = SideBySide.of(own, all_of_run, threads)
+    assert (made.at_once, made.threads) == expected
+
+
+@pytest.mark.parametrize(
+    ("keys", "device", "expected"),
+    [
+        ((), "cpu", (2, 1)),
+        ((), "cuda", (1, None)),  # one queue
+        (("mesh.data=2",), "cpu", (1, None)),  # messages come in one order in all processes
+        (("mesh.feature=2",), "cpu", (1, None)),
+        (("train.loss=kl",), "cpu", (1, None)),  # one language model, with hooks on it
+    ],
+)
+def test_saes_take_turns_where_they_share_more_than_the_rows(keys, device, expected):
+    composed = compose("train", ["source=synthetic", "hook=auto", *keys])
+    torch_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        made = steps_side_by_side(to_config(composed), torch.device(device), own=3, all_of_run=3)
+    finally:
+        torch.set_num_threads(torch_threads)
     assert (made.at_once, made.threads) == expected
