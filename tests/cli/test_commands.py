@@ -32,6 +32,7 @@ TINY = [
     "corpus.epochs=2",
     "eval.tokens=200",
     "eval.ce_tokens=64",
+    "eval.interval_ce_tokens=32",
     "eval.every=8",
     "logger.every=2",
     "checkpoint.every=5",
@@ -247,6 +248,25 @@ def test_evaluation_while_training_measures_cross_entropy_too(finished):
     assert len(while_training) == 1
     for key in ("ce_clean", "ce_sae", "kl_sae", "recovered_mean", "l0", "dense"):
         assert f"main/heldout/{key}" in while_training[0], key
+    at_the_end = json.loads((finished / "saes/main/metrics.json").read_text())
+    assert 0 < while_training[0]["main/heldout/tokens"] <= 32 < at_the_end["tokens"] <= 64
+
+
+def test_evaluation_while_training_takes_the_first_held_out_rows(tmp_path, no_pictures):
+    short = [
+        "source=synthetic",
+        "source.shard_tokens=4096",
+        "sae.d_sae=64",
+        "train.tokens=2048",
+        "eval.every=2",
+    ]
+    found = {}
+    for rows in (256, 1024):
+        run = tmp_path / str(rows)
+        ok("train", *short, "eval.tokens=1024", f"eval.interval_tokens={rows}", f"run.dir={run}")
+        judged = [r["main/heldout/fvu"] for r in read_metrics(run) if "main/heldout/fvu" in r]
+        found[rows] = (judged[0], json.loads((run / "saes/main/metrics.json").read_text())["fvu"])
+    assert found[256][0] != found[1024][0] and found[256][1] == found[1024][1]
 
 
 def test_rows_computed_elsewhere_train_an_sae(tmp_path, no_pictures):
