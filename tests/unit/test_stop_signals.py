@@ -62,3 +62,29 @@ def test_slurm_may_repeat_its_warnings_and_a_user_is_obeyed(numbers, outside, in
     assert ends(*numbers) == outside
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     assert ends(*numbers) == inside
+
+
+def test_a_request_that_somebody_swallowed_is_heard_before_anything_can_be_lost():
+    """A library's callback swallows exceptions that it does not know."""
+    with StopSignals() as signals:
+        with pytest.raises(stop.Interrupted, match="SIGUSR1"):
+            os.kill(os.getpid(), USR1)
+        with pytest.raises(stop.Interrupted, match="SIGUSR1"):
+            signals.defer()
+
+
+def test_afterwards_signals_do_what_they_did_before():
+    def mine(number, frame):
+        pass
+
+    before = {number: signal.signal(number, mine) for number in StopSignals.NAMES}
+    try:
+        with StopSignals() as signals:
+            signals.defer()
+            os.kill(os.getpid(), USR1)
+            assert stop.reason() is not None
+        assert stop.reason() is None
+        assert all(signal.getsignal(number) is mine for number in StopSignals.NAMES)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
