@@ -271,7 +271,7 @@ def test_no_value_of_another_type_escapes_as_another_error(
     here: Path, key: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = json.loads(Path("run/run.json").read_text())
-    for value in (None, -1, 10**12, "x", [], {"x": []}):
+    for value in (None, -1, 0, 10**12, "x", [], {"x": []}):
         Path("run/run.json").write_text(json.dumps(whole | {key: value}))
         for args in (EVAL, STATUS):
             assert main(args) in (0, 2), (key, value)
