@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sae_train.devices import pick_device
 from sae_train.errors import InputError, LostProcess, NumericsError, StoppedEarly
 from sae_train.meeting import meet, missed, own_gpu, place
 from sae_train.meeting import started as started
@@ -149,8 +150,11 @@ ALONE = Ranks()
 
 
 @contextmanager
-def joined(config: MeshConfig) -> Iterator[Ranks]:
+def joined(config: MeshConfig, device_name: str = "auto") -> Iterator[Ranks]:
     """Meet the other processes; alone if there are none.
+
+    Args:
+        device_name: what the run computes on. On GPUs each process has its own, and they speak over NCCL too.
 
     Raises:
         InputError: they do not meet.
@@ -159,7 +163,7 @@ def joined(config: MeshConfig) -> Iterator[Ranks]:
     if size == 1:
         yield Ranks()
         return
-    device = torch.device("cuda", own_gpu()) if torch.cuda.is_available() else None
+    device = torch.device("cuda", own_gpu()) if pick_device(device_name).type == "cuda" else None
     if device is not None:
         torch.cuda.set_device(device)
     store = meet(rank, size, config.timeout_s)

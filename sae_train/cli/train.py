@@ -63,7 +63,7 @@ def train(composed: DictConfig, args: list[str]) -> int:
     folder = run_folder(config)
     if goes_elsewhere(config.launch):
         return submit(config.launch, args, "run.dir", folder)
-    with StopSignals() as signals, joined(config.mesh) as ranks:
+    with StopSignals() as signals, joined(config.mesh, config.model.device) as ranks:
         check_alike(ranks, folder, as_tree(config))
         split = divided(ranks, config.mesh)
         with ExitStack() as held:

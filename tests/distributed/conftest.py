@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from faults.conftest import tiny  # noqa: F401
 from faults.tools import SYNTHETIC, Process, Zygote
 
@@ -26,6 +27,11 @@ class Group:
         texts = [process.text() for process in self.members]
         assert found == tuple(expected), f"exits {found}, not {expected}: " + "\n---\n".join(texts)
         return texts
+
+
+MOST = 4
+"""Processes that a test starts, at most: each has a GPU of its own, and NCCL, or none has."""
+NO_GPUS = {} if torch.cuda.device_count() >= MOST else {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def free_port() -> int:
@@ -50,7 +56,7 @@ def launch(zygote: Zygote, tmp_path: Path) -> Iterator[Launch]:
         group = []
         for rank in range(size):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
-            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | (env or {})
+            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | NO_GPUS | (env or {})
             own = before.get(rank) if isinstance(before, dict) else before
             rows = tmp_path / f"rows-{len(started)}"
             group.append(zygote.start(*args, env=place, before=own, plots=False, rows=rows))
