@@ -143,7 +143,7 @@ def _memory(job: Job, members: Iterable[MemberShape]) -> tuple[dict[str, dict[st
     averages = weights + 8 * len(own) if config.train.ema > 0 else 0
     slow = [m for m in own if not is_fused(job, m)]
     kept_grads = sum(matrices(m, job, all_of_them=True) for m in slow)
-    at_once = _at_once(job, len(own))
+    at_once = _at_once(job, own)
     grads = kept_grads + _largest(at_once, (2 * larger_matrix(m, job) for m in own if is_fused(job, m)))
     low = sum(low_copies(job, m) for m in own if is_fused(job, m))  # kept from step to step
     held = [held_bytes(job, m) for m in own]
@@ -190,10 +190,11 @@ def _memory(job: Job, members: Iterable[MemberShape]) -> tuple[dict[str, dict[st
     return {name: dict(zip(STAGES, found, strict=True)) for name, found in parts.items()}, host
 
 
-def _at_once(job: Job, own: int) -> int:
-    """SAEs that step at a time (train/side_by_side.py)."""
+def _at_once(job: Job, own: list[MemberShape]) -> int:
+    """SAEs that step at a time, as `steps_side_by_side` decides."""
     apart = not job.gpu and job.data * job.feature == 1 and job.config.train.loss == "rows"
-    return min(own, job.cores) if apart else 1
+    apart = apart and all(m.optim.name != "adam8bit" for m in job.members)
+    return min(len(own), job.cores) if apart else 1
 
 
 def _largest(count: int, of: Iterable[int]) -> int:

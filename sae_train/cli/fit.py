@@ -14,6 +14,7 @@ import psutil
 import torch
 from torch import nn
 
+from sae_train.activations.base import ActivationConfig
 from sae_train.config import Config
 from sae_train.demo import resolve as demo
 from sae_train.devices import native_bfloat16
@@ -162,7 +163,7 @@ def member_shape(member: MemberConfig, sae: Any) -> MemberShape:
         d_in=sae.d_in,
         d_out=sae.d_out,
         latents=sae.d_sae,
-        slots=None if dense else int(getattr(activation.config, "k", 64)),
+        slots=None if dense else _most_slots(activation.config),
         pre=activation.config.name == "jumprelu",
         parts=1 + len(sae.first_latents()),
         parameters=parameters,
@@ -316,3 +317,8 @@ def on_disk(folder: Path, row_bytes: int, shard_rows: int) -> tuple[int, int]:
         found, rows = 0, 0
     # Reading the shards themselves says what is wrong with them.
     return (found, rows) if row_bytes / 4 <= found <= 4 * row_bytes else (row_bytes, shard_rows)
+
+
+def _most_slots(activation: ActivationConfig) -> int:
+    """Latents kept per row, where k is annealed those of the start."""
+    return max(int(getattr(activation, "k", 64)), int(getattr(activation, "k_start", None) or 0))

@@ -3,7 +3,7 @@
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
@@ -296,7 +296,7 @@ def _train(
             log_every=config.logger.every,
             eval_every=eval_every,
             save_every=config.checkpoint.every,
-            side_by_side=steps_side_by_side(config, device, len(built), len(wanted)),
+            side_by_side=steps_side_by_side(config, device, len(built), wanted),
             resample_every=config.train.resample_every,
             allow_short=config.corpus.allow_short,
             ranks=ranks,
@@ -331,11 +331,14 @@ def _train(
     return 0
 
 
-def steps_side_by_side(config: Config, device: torch.device, own: int, all_of_run: int) -> SideBySide:
-    """Whether SAEs step at a time: not where they share a device's queue, a language model or messages."""
+def steps_side_by_side(
+    config: Config, device: torch.device, own: int, wanted: Sequence[MemberConfig]
+) -> SideBySide:
+    """Whether SAEs step at a time: not where they share a device's queue, a language model, messages, or what
+    torch.compile is told (8-bit Adam)."""
     apart = device.type == "cpu" and config.mesh.data * config.mesh.feature == 1
-    apart = apart and config.train.loss == "rows"
-    return SideBySide.of(own, all_of_run, torch.get_num_threads()) if apart else SideBySide()
+    apart = apart and config.train.loss == "rows" and all(m.optim.name != "adam8bit" for m in wanted)
+    return SideBySide.of(own, len(wanted), torch.get_num_threads()) if apart else SideBySide()
 
 
 def begin_folder(config: Config, folder: Path, record: RunRecord) -> None:

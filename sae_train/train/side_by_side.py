@@ -45,10 +45,17 @@ class SideBySide:
     def __enter__(self) -> "SideBySide":
         if self.threads is None:
             return self
-        own, all_there = torch.get_num_threads(), Barrier(self.at_once)
+        own, all_there = torch.get_num_threads(), Barrier(self.at_once, timeout=60)
         self._pool = ThreadPoolExecutor(self.at_once, "step", _compute_with, (self.threads,))
-        wait([self._pool.submit(all_there.wait) for _ in range(self.at_once)])
-        torch.set_num_threads(own)  # for threads that are yet to come
+        try:
+            for future in [self._pool.submit(all_there.wait) for _ in range(self.at_once)]:
+                future.result()
+        except BaseException:  # no room for a thread: those that are there must not wait for it
+            all_there.abort()
+            self._pool.shutdown()
+            raise
+        finally:
+            torch.set_num_threads(own)  # for threads that are yet to come
         return self
 
     def __exit__(

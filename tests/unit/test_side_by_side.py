@@ -100,6 +100,25 @@ def test_an_error_is_raised_when_all_are_through_and_the_first_of_them():
         assert side_by_side.each(lambda x: x * x, [3, 2, 1]) == [9, 4, 1]
 
 
+def test_no_room_for_a_thread_ends_with_that_error_and_leaves_none_waiting(monkeypatch):
+    before, start = threading.active_count(), threading.Thread.start
+    started = []
+
+    def only_two(thread):
+        started.append(thread)
+        if len(started) > 2:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", only_two)
+    with pytest.raises(RuntimeError, match="can't start"), SideBySide(at_once=4, threads=1):
+        pass
+    monkeypatch.undo()
+    for thread in started[:2]:
+        thread.join(timeout=60)
+    assert threading.active_count() == before
+
+
 @pytest.mark.parametrize(
     ("own", "all_of_run", "threads", "expected"),
     [
@@ -124,14 +143,16 @@ def test_threads_of_a_step_follow_from_the_run_not_from_its_processes(own, all_o
         (("mesh.data=2",), "cpu", (1, None)),  # messages come in one order in all processes
         (("mesh.feature=2",), "cpu", (1, None)),
         (("train.loss=kl",), "cpu", (1, None)),  # one language model, with hooks on it
+        (("optim=adam8bit",), "cpu", (1, None)),  # it tells all of torch.compile what to do
     ],
 )
 def test_saes_take_turns_where_they_share_more_than_the_rows(keys, device, expected):
-    composed = compose("train", ["source=synthetic", "hook=auto", *keys])
+    composed = compose("train", ["source=synthetic", "hook=auto", "grid={seed: [0, 1, 2]}", *keys])
+    config = to_config(composed)
     torch_threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        made = steps_side_by_side(to_config(composed), torch.device(device), own=3, all_of_run=3)
+        made = steps_side_by_side(config, torch.device(device), 3, members(config, composed))
     finally:
         torch.set_num_threads(torch_threads)
     assert (made.at_once, made.threads) == expected
