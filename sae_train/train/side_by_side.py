@@ -1,6 +1,6 @@
 """Several SAEs step at a time, on a CPU: each in a thread of its own, with its share of the cores.
 
-A step is some eighty ops of a tenth of a millisecond to a few: cores that work on one op together wait for
+A step is hundreds of ops, most of them of some ten microseconds: cores that work on one op together wait for
 each other at the end of each. Two SAEs on a core each take two thirds of the time of one after the other on
 both (docs/benchmarks.md). A GPU has one queue, and there SAEs take turns.
 """

@@ -150,6 +150,14 @@ def test_saes_that_step_at_a_time_have_temporaries_at_a_time():
         for other in (replace(four, data=2, processes=2), replace(four, hardware=HARDWARE["h100"])):
             assert held(replace(other, cores=4), name) == held(replace(other, cores=1), name)
     assert held(replace(alone, cores=4), name) == one
+    for key in ("optim=adam8bit", "train.loss=kl"):  # these take turns
+        turns = job("grid={seed: [0, 1, 2, 3]}", key)
+        assert held(replace(turns, cores=4), name) == held(replace(turns, cores=1), name)
+
+
+def test_an_annealed_k_needs_what_it_starts_with():
+    (member,) = job("sae.activation.k=32", "sae.activation.k_start=64").members
+    assert member.slots == 64 and job("sae.activation.k=32").members[0].slots == 32
 
 
 def test_saes_are_dealt_to_groups_of_processes_round_robin():
