@@ -100,6 +100,7 @@ def test_an_error_is_raised_when_all_are_through_and_the_first_of_them():
         assert side_by_side.each(lambda x: x * x, [3, 2, 1]) == [9, 4, 1]
 
 
+@pytest.mark.timeout(45)  # those that wait for one that never comes give up after 60 s
 def test_no_room_for_a_thread_ends_with_that_error_and_leaves_none_waiting(monkeypatch):
     before, start = threading.active_count(), threading.Thread.start
     started = []
