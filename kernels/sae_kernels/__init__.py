@@ -31,6 +31,7 @@ from sae_kernels.contracts import (
 from sae_kernels.dispatch import available_backends, use_backend
 from sae_kernels.fallbacks import fallbacks
 from sae_kernels.latents import AdamStep, Counters, DeadGrads, Latents, Weight
+from sae_kernels.many import latent_step_many, numbered, topk_encode_many
 
 __all__ = [
     "AdamStep",
@@ -45,12 +46,15 @@ __all__ = [
     "fallbacks",
     "gather_dot",
     "latent_step",
+    "latent_step_many",
+    "numbered",
     "segment_rows",
     "settle",
     "sparse_decode",
     "sparse_grad",
     "threshold_encode",
     "topk_encode",
+    "topk_encode_many",
     "use_backend",
 ]
 

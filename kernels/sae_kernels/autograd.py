@@ -33,7 +33,7 @@ def call(op: str, *args: Any, backend: str | None = None) -> Any:
     return _FUNCTIONS[op].apply(asked, run, *args)
 
 
-def _plain(run: Callable, first: Tensor, *others: Any) -> Any:
+def plain(run: Callable, first: Tensor, *others: Any) -> Any:
     """Run a backend outside autograd, and outside autocast: what dtypes mean is settled before."""
     with torch.autocast(first.device.type, enabled=False):
         return run(first.detach(), *(a.detach() if isinstance(a, Tensor) else a for a in others))
@@ -45,7 +45,7 @@ class _Encode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, asked: str, run: Callable, x: Tensor, w: Tensor, b: Tensor, how: Any) -> Any:
         rounded = product_dtype(x, w)
-        values, indices, *offsets = _plain(run, x.to(rounded), w.to(rounded), b, how)
+        values, indices, *offsets = plain(run, x.to(rounded), w.to(rounded), b, how)
         ctx.asked, ctx.b_dtype = asked, b.dtype
         ctx.save_for_backward(x, w, values, indices, *offsets)
         ctx.mark_non_differentiable(indices, *offsets)
@@ -73,7 +73,7 @@ class _DeadEncode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, asked: str, run: Callable, x: Tensor, w: Tensor, b: Tensor, k: int) -> Tensor:
         rounded = product_dtype(x, w)
-        acts = _plain(run, x.to(rounded), w.to(rounded), b, k)
+        acts = plain(run, x.to(rounded), w.to(rounded), b, k)
         ctx.b_dtype, ctx.rounded = b.dtype, rounded if x.is_cuda else acts.dtype
         ctx.save_for_backward(x, w, acts)
         return acts
@@ -100,7 +100,7 @@ class _SparseDecode(torch.autograd.Function):
     ) -> Tensor:
         ctx.asked = asked
         ctx.save_for_backward(values, indices, weight, *offsets)
-        return _plain(run, values, indices, weight, *offsets)
+        return plain(run, values, indices, weight, *offsets)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Grads:
@@ -127,7 +127,7 @@ class _DecodeResidual(torch.autograd.Function):
         target: Tensor,
         *offsets: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        residual, loss, dots = _plain(run, values, indices, weight, bias, target, *offsets)
+        residual, loss, dots = plain(run, values, indices, weight, bias, target, *offsets)
         ctx.asked, ctx.bias_dtype, ctx.target_dtype = asked, bias.dtype, target.dtype
         ctx.save_for_backward(values, indices, weight, residual, *offsets)
         ctx.mark_non_differentiable(dots)
@@ -158,7 +158,7 @@ class _GatherDot(torch.autograd.Function):
     ) -> Tensor:
         ctx.asked = asked
         ctx.save_for_backward(rows, indices, weight, *offsets)
-        return _plain(run, rows, indices, weight, *offsets)
+        return plain(run, rows, indices, weight, *offsets)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Grads:
@@ -186,7 +186,7 @@ class _SegmentRows(torch.autograd.Function):
     ) -> Tensor:
         ctx.asked = asked
         ctx.save_for_backward(values, indices, rows, *offsets)
-        return _plain(run, values, indices, rows, d_sae, *offsets)
+        return plain(run, values, indices, rows, d_sae, *offsets)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Grads:
@@ -203,7 +203,7 @@ def run_plain(op: str, first: Tensor, *args: Any) -> Any:
     """An op outside autograd: what it returns has no gradient, whatever it was given."""
     _, run = dispatch.select(op, dispatch.requested(), first, *args)
     with torch.no_grad():
-        return _plain(run, first, *args)
+        return plain(run, first, *args)
 
 
 _FUNCTIONS = {

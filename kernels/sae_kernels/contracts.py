@@ -115,12 +115,21 @@ def check_latents(
     adam: AdamStep,
     offsets: Tensor | None,
 ) -> None:
-    """Arguments of `latent_step`."""
-    w_dec = latents.w_dec.value
+    """Arguments of `latent_step`, or of `latent_step_many` with M before every shape."""
+    w_dec, rows = latents.w_dec.value, (x, residual, values, indices, dots)
+    many = w_dec.shape[:-2]
+    if many:
+        if any(t.dim() != 3 or t.shape[:1] != many for t in rows):
+            shapes = ", ".join(str(tuple(t.shape)) for t in rows)
+            raise ValueError(
+                f"x, residual, values, indices and dots are {shapes}: expected [{many[0]}, N, ...]"
+            )
+        x, residual, values, indices, dots = (t.flatten(0, 1) for t in rows)
+        w_dec = w_dec[0]
     check_sparse_grad(x, residual, values, indices, w_dec, dots, offsets)
     f, d = w_dec.shape
-    shapes = {"w_enc": (f, d), "b_enc": (f,), "w_dec": (f, d), "b_dec": (d,)}
-    for name, shape in shapes.items():
+    for name, of_one in {"w_enc": (f, d), "b_enc": (f,), "w_dec": (f, d), "b_dec": (d,)}.items():
+        shape = (*many, *of_one)
         weight = getattr(latents, name)
         wanted = {"value": torch.float32, "first": None, "second": None, "low": torch.bfloat16}
         if weight.remainder is not None:
@@ -165,25 +174,27 @@ def check_step(
     dead: DeadGrads | None,
     counters: Counters | None,
 ) -> None:
-    """Options and counters of `latent_step`: a kernel would write past the end of one that is too short."""
-    f, d = latents.w_dec.value.shape
+    """Options and counters of `latent_step`: a kernel would write past the end of one that is too short.
+
+    Those of `latent_step_many` have M before every shape but `dead`'s, which is one SAE's."""
+    *many, f, d = latents.w_dec.value.shape
     if clip is not None and not clip > 0:
         raise ValueError(f"clip is {clip}: expected a positive number")
     tensors: list[tuple[str, Tensor, tuple[int, ...], torch.dtype | None]]  # name, tensor, shape, dtype
-    tensors = [("latents.step", latents.step, (), torch.float32)]
+    tensors = [("latents.step", latents.step, (*many,), torch.float32)]
     if latents.last_step is not None:
-        tensors.append(("latents.last_step", latents.last_step, (f,), torch.int32))
+        tensors.append(("latents.last_step", latents.last_step, (*many, f), torch.int32))
     if clip_norm is not None:
-        tensors.append(("clip_norm", clip_norm, (), None))
+        tensors.append(("clip_norm", clip_norm, (*many,), None))
     if dead is not None:
         n = dead.latents.numel()
         tensors.append(("dead.latents", dead.latents, (n,), torch.int64))
         tensors += [("dead.w_enc", dead.w_enc, (n, d), None), ("dead.w_dec", dead.w_dec, (n, d), None)]
         tensors.append(("dead.b_enc", dead.b_enc, (n,), None))
     if counters is not None:
-        tensors.append(("counters.maxima", counters.maxima, (f,), torch.float32))
+        tensors.append(("counters.maxima", counters.maxima, (*many, f), torch.float32))
         for name in ("counts", "sums", "last_fired"):
-            tensors.append((f"counters.{name}", getattr(counters, name), (f,), torch.int64))
+            tensors.append((f"counters.{name}", getattr(counters, name), (*many, f), torch.int64))
     for name, tensor, shape, dtype in tensors:
         if tensor.shape != shape or (dtype is not None and tensor.dtype != dtype):
             wanted = f"{list(shape)}" if dtype is None else f"{dtype} {list(shape)}"

@@ -85,6 +85,11 @@ def select(op: str, name: str, *args: object) -> tuple[str, Callable]:
     raise AssertionError("the reference supports everything")
 
 
+def way_of(name: str, op: str) -> Callable | None:
+    """A backend's function for an op that not every backend has."""
+    return getattr(_module(name), op, None)
+
+
 def _module(name: str) -> ModuleType:
     return importlib.import_module(_BACKENDS[name])
 

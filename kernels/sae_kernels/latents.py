@@ -43,6 +43,10 @@ class Weight:
         """What matrix products should read: the bfloat16 copy where there is one."""
         return self.value if self.low is None else self.low
 
+    def one(self, number: int) -> "Weight":
+        """Of several that are stacked, every tensor with their number before its shape: a view of one."""
+        return Weight(*(None if t is None else t[number] for t in vars(self).values()))  # type: ignore[arg-type]
+
     def store(self, master: Tensor) -> None:
         """Write a new float32 value [shape of the parameter], in place, in every format kept."""
         if self.remainder is None:
@@ -74,6 +78,14 @@ class Latents:
     b_dec: Weight
     step: Tensor
     last_step: Tensor | None = None
+
+    def one(self, number: int) -> "Latents":
+        """Of several SAEs' that are stacked: a view of one."""
+        w_enc, b_enc, w_dec, b_dec = (
+            weight.one(number) for weight in (self.w_enc, self.b_enc, self.w_dec, self.b_dec)
+        )
+        last_step = None if self.last_step is None else self.last_step[number]
+        return Latents(w_enc, b_enc, w_dec, b_dec, self.step[number], last_step)
 
 
 @dataclass(frozen=True)
@@ -112,6 +124,13 @@ class Counters:
     maxima: Tensor
     last_fired: Tensor
     tokens: int
+
+    def one(self, number: int) -> "Counters":
+        """Of several SAEs' that are stacked: a view of one."""
+        counts, sums, maxima, last_fired = (
+            t[number] for t in (self.counts, self.sums, self.maxima, self.last_fired)
+        )
+        return Counters(counts, sums, maxima, last_fired, self.tokens)
 
 
 FIXED_POINT = 2**20

@@ -5,13 +5,13 @@ One file per group of ops; `launch` holds what they share. Nothing else in the p
 
 from torch import Tensor
 
-from sae_kernels.triton.adam import latent_step
 from sae_kernels.triton.compress import batch_topk_encode, threshold_encode
 from sae_kernels.triton.dead import dead_encode
 from sae_kernels.triton.decode import decode_residual, gather_dot, sparse_decode
-from sae_kernels.triton.encode import topk_encode
+from sae_kernels.triton.encode import topk_encode, topk_encode_many
 from sae_kernels.triton.formats import settle
 from sae_kernels.triton.launch import BY_NAME_ONLY, refusal
+from sae_kernels.triton.step import latent_step, latent_step_many
 from sae_kernels.triton.update import segment_rows, sparse_grad
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "decode_residual",
     "gather_dot",
     "latent_step",
+    "latent_step_many",
     "segment_rows",
     "settle",
     "sparse_decode",
@@ -28,6 +29,7 @@ __all__ = [
     "supports",
     "threshold_encode",
     "topk_encode",
+    "topk_encode_many",
 ]
 
 

@@ -1,18 +1,13 @@
-"""The step on a GPU: from the residual to the next weights, while gradients stay in registers.
+"""The kernels of the step that write weights: gradients, which stay in registers, Adam, formats.
 
 One program per latent adds up its gradients (`lists`), removes what only stretches its row of w_dec,
 makes the Adam step in both of its rows and writes them, with their moments, in the formats that are kept.
 The row of w_dec is written as Adam leaves it, column block after column block, and read back (from L2) to
 be divided by its norm, since no program holds a whole row.
 
-The part of d_w_dec along w_dec is the sum of z * dz, by what `dots` are: it needs no pass of its own.
-b_enc and b_dec are vectors: their gradients are known before the weights change, and they follow after.
-
-A step with a gradient that is not finite must leave everything as it was, which has to be known before
-the first row is written. With `clip` and no `clip_norm` the norm itself comes first, in a pass of its own.
-Otherwise what goes into the gradients is looked at: residual (by its column sums), the rows of x that have
-codes, values, scale * dots, `dead`, and the sums of dz. That is the same but for finite numbers whose
-gradient, or its square, overflows float32 (beyond 1e19): such a step is made, and its norm is infinite.
+SAEs of one shape share launches: their latents follow one another in all that is read and written, and each
+has a row of the control vector. Elements are numbered within their SAE, whose moments are thus rounded as if
+it were alone.
 """
 
 from itertools import product
@@ -23,8 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sae_kernels.latents import AdamStep, Counters, DeadGrads, Latents, Weight
-from sae_kernels.triton.columns import add_partials, column_sums
+from sae_kernels.latents import AdamStep, Latents, Weight
 from sae_kernels.triton.formats import (
     MOMENT_TYPES,
     PLAIN,
@@ -38,19 +32,10 @@ from sae_kernels.triton.formats import (
     store_moment,
     tensors_of,
 )
-from sae_kernels.triton.guard import FACTOR, KEEP, RATE, ROOT, STEP, check_rows, decide
+from sae_kernels.triton.guard import FACTOR, KEEP, RATE, ROOT, STEP
 from sae_kernels.triton.launch import Case, Shape, limited
-from sae_kernels.triton.lists import add_dead, list_slots, scan, sum_latent, sum_pieces
-from sae_kernels.triton.tiles import (
-    NUM_STAGES,
-    PIECE,
-    ROW_TYPES,
-    Tile,
-    case,
-    column_tile,
-    row_tile,
-    same_dtype,
-)
+from sae_kernels.triton.lists import sum_latent
+from sae_kernels.triton.tiles import NUM_STAGES, PIECE, ROW_TYPES, Tile, case, column_tile, row_tile
 
 VECTOR_BLOCK = 1024
 # Salts of the noise: the number of the parameter, as in the reference.
@@ -58,73 +43,9 @@ SALT_B_ENC, SALT_B_DEC = 1, 3
 _SALT_W_ENC, _SALT_W_DEC = tl.constexpr(0), tl.constexpr(2)
 
 
-def latent_step(
-    x: Tensor,
-    residual: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    dots: Tensor,
-    latents: Latents,
-    adam: AdamStep,
-    scale: float,
-    centred: bool = True,
-    unit_norm: bool = True,
-    clip: float | None = None,
-    clip_norm: Tensor | None = None,
-    dead: DeadGrads | None = None,
-    counters: Counters | None = None,
-    offsets: Tensor | None = None,
-) -> Tensor:
-    with torch.cuda.device_of(x):
-        x, residual = same_dtype(x, residual)
-        w_enc, w_dec = latents.w_enc, latents.w_dec
-        f, d = w_dec.value.shape
-        lists = list_slots(values, indices, len(x), f, offsets, dots, scale)
-        d_b_enc, along = scan(lists, counters)
-        added = None if dead is None else add_dead(dead, w_dec, lists, d_b_enc, along)
-        through_encoder = None
-        if centred:  # x is centred on b_dec, which thus receives minus what the encoder's input would
-            through_encoder = column_sums(*master_of(w_enc)[:2], d_b_enc)
-        d_b_dec = add_partials(column_sums(residual), scale, through_encoder, lists.broken)
-        squares = torch.empty(f, dtype=torch.float32, device=x.device)
-        parts = sum_pieces(lists, residual, x)
-        sums = (residual, x, lists.rows, lists.z, lists.dz, lists.starts, lists.first_piece, *parts)
-        gradients = (*sums, *(added or (None, None, None)), along if unit_norm else None, float(scale))
-
-        norm = None
-        if clip is not None and clip_norm is None:
-            norm = _norm(_squares(f, d, w_dec, *gradients), d_b_enc, d_b_dec)
-        else:
-            check_rows(x, lists)
-        control = decide(latents, adam, clip, norm, clip_norm, lists.broken)
-        catch_up = None
-        if latents.last_step is not None:
-            catch_up = adam.beta2 ** (latents.step - latents.last_step - 1).clamp_min(0)
-        tile = row_tile(d, x.element_size(), lazy=catch_up is not None)
-        stored = (*tensors_of(w_enc), *tensors_of(w_dec), squares)
-        _update[(f,)](
-            *(*gradients, control, catch_up, *_betas(adam), *stored, d),
-            ENC=format_of(w_enc),
-            DEC=format_of(w_dec),
-            PIECE=PIECE,
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            num_warps=tile.warps,
-            num_stages=NUM_STAGES,
-            **limited(tile.registers),
-        )
-        lazy: tuple[Tensor | None, ...] = (None,) * 4
-        _update_vector(latents.b_dec, d_b_dec, control, adam, SALT_B_DEC, *lazy)
-        if catch_up is not None:
-            lazy = lists.starts, None if added is None else added[0], catch_up, latents.last_step
-        _update_vector(latents.b_enc, d_b_enc, control, adam, SALT_B_ENC, *lazy)
-        if norm is None:
-            norm = torch.where(control[0] != 0, _norm(squares, d_b_enc, d_b_dec), torch.nan)
-        return norm
-
-
-def _squares(f: int, d: int, w_dec: Weight, *gradients: Any) -> Tensor:
-    """Sums of squares of parts of the latents' gradients."""
+def square_gradients(gradients: tuple[Any, ...], w_dec: Weight) -> Tensor:
+    """Sums of squares of parts of the latents' gradients, [latents of all SAEs, parts] float32."""
+    f, d = w_dec.value.shape[:-1].numel(), w_dec.value.shape[-1]
     tile, (value, remainder, form) = column_tile(d), master_of(w_dec)
     squares = torch.empty(f, triton.cdiv(d, tile.columns), dtype=torch.float32, device=w_dec.value.device)
     _square_gradients[squares.shape](
@@ -139,39 +60,50 @@ def _squares(f: int, d: int, w_dec: Weight, *gradients: Any) -> Tensor:
     return squares
 
 
-def _norm(squares: Tensor, d_b_enc: Tensor, d_b_dec: Tensor) -> Tensor:
-    return torch.stack([squares.sum(), d_b_enc.square().sum(), d_b_dec.square().sum()]).sum().sqrt()
+def update_rows(
+    gradients: tuple[Any, ...], control: Tensor, catch_up: Tensor | None, adam: AdamStep, latents: Latents
+) -> Tensor:
+    """The step in w_enc and w_dec; sums of squares of the gradients of each latent, [SAEs, F] float32."""
+    w_enc, w_dec = latents.w_enc, latents.w_dec
+    many, d = len(control), w_dec.value.shape[-1]
+    f = w_dec.value.shape[:-1].numel() // many
+    tile = row_tile(d, gradients[0].element_size(), lazy=catch_up is not None)
+    squares = torch.empty(many, f, dtype=torch.float32, device=control.device)
+    _update[(f, many)](
+        *(*gradients, control, catch_up, *_betas(adam), *tensors_of(w_enc), *tensors_of(w_dec), squares, d),
+        ENC=format_of(w_enc),
+        DEC=format_of(w_dec),
+        MANY=many > 1,  # finding one's SAE takes registers: 224 instead of 128 on sm_80 in places
+        PIECE=PIECE,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        num_warps=tile.warps,
+        num_stages=NUM_STAGES,
+        **limited(tile.registers),
+    )
+    return squares
 
 
 def _betas(adam: AdamStep) -> tuple[float, float, float, float, float]:
     return adam.beta1, 1 - adam.beta1, adam.beta2, 1 - adam.beta2, adam.eps
 
 
-def _update_vector(
+def update_vector(
     weight: Weight,
     grad: Tensor,
     control: Tensor,
     adam: AdamStep,
     salt: int,
-    starts: Tensor | None,
-    lookup: Tensor | None,
-    catch_up: Tensor | None,
-    last_step: Tensor | None,
+    starts: Tensor | None = None,
+    lookup: Tensor | None = None,
+    catch_up: Tensor | None = None,
+    last_step: Tensor | None = None,
 ) -> None:
     """One step of a bias; with `catch_up` only of active latents, whose last step is then this one."""
-    if len(grad):
-        _update_bias[(triton.cdiv(len(grad), VECTOR_BLOCK),)](
-            *(
-                grad,
-                control,
-                starts,
-                lookup,
-                catch_up,
-                last_step,
-                *_betas(adam),
-                *tensors_of(weight),
-                len(grad),
-            ),
+    size = len(grad) // len(control)
+    if size:
+        _update_bias[(triton.cdiv(size, VECTOR_BLOCK), len(control))](
+            *(grad, control, starts, lookup, catch_up, last_step, *_betas(adam), *tensors_of(weight), size),
             SALT=salt,
             FORMAT=format_of(weight),
             BLOCK=VECTOR_BLOCK,
@@ -226,8 +158,9 @@ def _square_gradients(
 
 @triton.jit
 def _adam(
-    old, grad, first, second, at, mask, control, catch_up, b1, rest1, b2, rest2, eps, salt: tl.constexpr
-):
+    old, grad, first, second, at, mask, element, control, catch_up, b1, rest1, b2, rest2, eps,
+    salt: tl.constexpr,
+):  # fmt: skip
     """The moments' step, and the parameter's, which is returned."""
     grad = grad * tl.load(control + FACTOR)
     v = load_moment(second, at, mask)
@@ -238,8 +171,8 @@ def _adam(
         v = v * catch_up
     v = b2 * v + rest2 * (grad * grad)
     step = tl.load(control + STEP)
-    store_moment(first, m, at, mask, step, 2 * salt)
-    store_moment(second, v, at, mask, step, 2 * salt + 1)
+    store_moment(first, m, at, mask, step, 2 * salt, element)
+    store_moment(second, v, at, mask, step, 2 * salt + 1, element)
     return old - tl.load(control + RATE) * m / (tl.sqrt(v) / tl.load(control + ROOT) + eps)
 
 
@@ -249,9 +182,14 @@ def _update(
     control, catch_up, b1, rest1, b2, rest2, eps,
     enc_value, enc_extra, enc_first, enc_second, dec_value, dec_extra, dec_first, dec_second, squares, d,
     ENC: tl.constexpr, DEC: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    MANY: tl.constexpr,
 ):  # fmt: skip
     """One latent's rows: gradients, projection if `along`, Adam, unit norm if `along`."""
-    latent = tl.program_id(0).to(tl.int64)
+    number = tl.program_id(0).to(tl.int64)
+    latent = number  # of those of all SAEs
+    if MANY:
+        control += tl.program_id(1) * 5
+        latent += tl.program_id(1).to(tl.int64) * tl.num_programs(0)
     begin, end = tl.load(starts + latent), tl.load(starts + latent + 1)
     piece = tl.load(first_piece + latent)
     dead_row = latent * 0 - 1
@@ -268,48 +206,25 @@ def _update(
             columns = start + tl.arange(0, COLUMNS)
             mask = columns < d
             at = latent * d + columns
+            element = number * d + columns
             dec, enc = _gradients(
                 a, b, rows, z, dz, begin, end, piece, part_a, part_b, dead_row, dead_dec, dead_enc, scale,
                 columns, d, PIECE, ROWS, COLUMNS,
             )  # fmt: skip
             old = load_master(enc_value, enc_extra, at, mask, ENC)
             new = _adam(
-                old,
-                enc,
-                enc_first,
-                enc_second,
-                at,
-                mask,
-                control,
-                late,
-                b1,
-                rest1,
-                b2,
-                rest2,
-                eps,
+                old, enc, enc_first, enc_second, at, mask, element, control, late, b1, rest1, b2, rest2, eps,
                 _SALT_W_ENC,
-            )
+            )  # fmt: skip
             store_master(enc_value, enc_extra, new, at, mask, ENC)
             old = load_master(dec_value, dec_extra, at, mask, DEC)
             if along is not None:
                 dec -= tl.load(along + latent) * old
             square += dec * dec + enc * enc
             new = _adam(
-                old,
-                dec,
-                dec_first,
-                dec_second,
-                at,
-                mask,
-                control,
-                late,
-                b1,
-                rest1,
-                b2,
-                rest2,
-                eps,
+                old, dec, dec_first, dec_second, at, mask, element, control, late, b1, rest1, b2, rest2, eps,
                 _SALT_W_DEC,
-            )
+            )  # fmt: skip
             length += tl.where(mask, new * new, 0.0)
             store_master(dec_value, dec_extra, new, at, mask, DEC)
         if along is not None:
@@ -330,8 +245,11 @@ def _update_bias(
     grad, control, starts, lookup, catch_up, last_step, b1, rest1, b2, rest2, eps,
     value, extra, first, second, size, SALT: tl.constexpr, FORMAT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < tl.where(tl.load(control + KEEP) != 0, size, 0)
+    sae = tl.program_id(1).to(tl.int64)
+    control += sae * 5
+    number = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = number < tl.where(tl.load(control + KEEP) != 0, size, 0)
+    at = sae * size + number
     late = None
     if catch_up is not None:
         active = tl.load(starts + at, mask=mask, other=0) < tl.load(starts + at + 1, mask=mask, other=0)
@@ -342,7 +260,7 @@ def _update_bias(
         tl.store(last_step + at, tl.load(control + STEP).to(tl.int32), mask=mask)
     old = load_master(value, extra, at, mask, FORMAT)
     g = tl.load(grad + at, mask=mask, other=0)
-    new = _adam(old, g, first, second, at, mask, control, late, b1, rest1, b2, rest2, eps, SALT)
+    new = _adam(old, g, first, second, at, mask, number, control, late, b1, rest1, b2, rest2, eps, SALT)
     store_master(value, extra, new, at, mask, FORMAT)
 
 
@@ -362,7 +280,9 @@ def cases(shape: Shape) -> list[Case]:
                 types = types | {f"{of}_value": stored[0], f"{of}_extra": stored[1]}
                 types |= {f"{of}_first": moment, f"{of}_second": moment}
             tile = row_tile(shape.d, 2 if rows == "*bf16" else 4, lazy)
-            found.append(case(_update, tile, {"ENC": form, "DEC": form}, **types))
+            for many in (False, True):
+                constants = {"ENC": form, "DEC": form, "MANY": many}
+                found.append(case(_update, tile, constants, **types))
     idle = {"starts": None, "lookup": None, "catch_up": None, "last_step": None}
     for (form, (value, extra)), moment in product(STORED_TYPES.items(), MOMENT_TYPES):
         weight = {"value": value, "extra": extra, "first": moment, "second": moment}

@@ -17,7 +17,7 @@ and all streams are joined at the end, so a call can be captured in a CUDA graph
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
@@ -25,8 +25,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sae_kernels import chunked
-from sae_kernels.triton.encode_fused import topk_encode_fused
-from sae_kernels.triton.launch import INTERPRETING, Case, Shape
+from sae_kernels.many import ONE_BY_ONE
+from sae_kernels.triton.encode_fused import bytes_of_candidates, topk_encode_fused, topk_encode_fused_many
+from sae_kernels.triton.launch import INTERPRETING, Case, Shape, on_device
 from sae_kernels.triton.select import MAX_K, Plan, merge, pack, plan, recover, row_threshold
 from sae_kernels.triton.tuning import encoder_for
 
@@ -35,6 +36,7 @@ from sae_kernels.triton.tuning import encoder_for
 # weights less often (1024 FLOP per byte of them), more latents per chunk would launch less often.
 BLOCK_ROWS = 1024
 CHUNK_LATENTS = 4096
+MANY_BYTES = 1 << 30  # of candidates of several SAEs: with more, launches are not what takes the time
 
 
 def topk_encode(x: Tensor, w: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -43,6 +45,21 @@ def topk_encode(x: Tensor, w: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor
     with torch.cuda.device_of(x):  # of which it is asked what it can do
         fused = encoder_for(len(x), x.shape[1], len(w), k, x.dtype) == "e2"
     return topk_encode_fused(x, w, b, k) if fused else topk_encode_chunked(x, w, b, k)
+
+
+def topk_encode_many(x: Tensor, w: Tensor, b: Tensor, ks: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """By E2 in the launches of one, with slots for the largest k, of which others keep their first k."""
+    (many, n, d), f, k = x.shape, w.shape[1], max(ks)
+    with torch.cuda.device_of(x):
+        fused = k <= MAX_K and encoder_for(n, d, f, k, x.dtype) == "e2"
+    if not fused or bytes_of_candidates(many * n, k, f) > MANY_BYTES:
+        return ONE_BY_ONE["topk_encode"](x, w, b, ks)
+    values, indices = topk_encode_fused_many(x, w, b, k)
+    if min(ks) < k:
+        empty = torch.arange(k, device=x.device) >= on_device(ks, torch.int64, x.device)[:, None, None]
+        values.masked_fill_(empty, 0)
+        indices.masked_fill_(empty, 0)
+    return values, indices
 
 
 def topk_encode_chunked(

@@ -16,6 +16,7 @@ whether it is needed or not, it takes about ten times as many, and runs on AMD a
 
 import functools
 import math
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -108,18 +109,32 @@ def topk_encode_fused(
         guess: [N] float32 thresholds instead of those of the sample; the result does not depend on them
             but for the rounding of the rows that take the fallback.
         tile: instead of the one for this device."""
-    n, f = len(x), len(w)
+    values, indices = topk_encode_fused_many(x[None], w[None], b[None], k, guess, tile)
+    return values[0], indices[0]
+
+
+def topk_encode_fused_many(
+    x: Tensor, w: Tensor, b: Tensor, k: int, guess: Tensor | None = None, tile: Tile | None = None
+) -> tuple[Tensor, Tensor]:
+    """E2 of M SAEs in the launches of one: x [M, N, D], w [M, F, D], b [M, F] -> two of [M, N, k]."""
+    (many, n, _), f = x.shape, w.shape[1]
     x, w, b = x.contiguous(), w.contiguous(), b.float().contiguous()
-    if not n:
-        return torch.empty(0, k, device=x.device), torch.empty(0, k, dtype=torch.int32, device=x.device)
-    how = plan(k, f)
-    with torch.cuda.device_of(x):
-        if guess is None:
-            guess = _guess(x, w, b, how)
-        keys, counts = _candidates(x, w, b, guess.float().contiguous(), how.capacity, tile)
-        values, indices, failed = merge(keys, counts, k)
-        recover(x, w, b, k, failed, values, indices)
+    values = torch.empty(many, n, k, dtype=torch.float32, device=x.device)
+    indices = torch.empty(many, n, k, dtype=torch.int32, device=x.device)
+    if n:
+        how = plan(k, f)
+        with torch.cuda.device_of(x):
+            if guess is None:
+                guess = _guess(x, w, b, how)
+            keys, counts = _candidates(x, w, b, guess.float().contiguous(), how.capacity, tile)
+            failed = counts.new_empty(many * n)
+            merge(keys, counts, k, (values, indices, failed))
+            recover(x, w, b, k, failed, values, indices)
     return values, indices
+
+
+def bytes_of_candidates(rows: int, k: int, f: int) -> int:
+    return 8 * rows * plan(k, f).capacity
 
 
 @functools.cache
@@ -145,52 +160,57 @@ def _fewer(count: int, expected: float) -> float:
 
 
 def _guess(x: Tensor, w: Tensor, b: Tensor, how: Plan) -> Tensor:
+    """[M, N] float32"""
+    (many, n, _), f = x.shape, w.shape[1]
     if how.stripes == 1:
-        return torch.full((len(x),), -torch.inf, device=x.device)
-    drawn = (
-        0x9E3779B1 * (len(x) + len(w)) >> 16
-    ) % how.stripes  # none is preferred; every run draws the same
-    weights, bias = w[drawn :: how.stripes], b[drawn :: how.stripes].contiguous()
-    step = min(len(x), max(1, SAMPLE_ELEMENTS // len(weights)))
-    sample = torch.empty(step, len(weights), device=x.device)
-    guess = torch.empty(len(x), device=x.device)
-    for start in range(0, len(x), step):
-        rows = slice(start, min(start + step, len(x)))
-        part = sample[: rows.stop - start]
-        multiply(x[rows], weights.t(), part)
-        row_threshold(part, how.rank, bias, guess[rows])
+        return torch.full((many, n), -torch.inf, device=x.device)
+    drawn = (0x9E3779B1 * (n + f) >> 16) % how.stripes  # none is preferred; every run draws the same
+    weights, bias = w[:, drawn :: how.stripes], b[:, drawn :: how.stripes].contiguous()
+    width = weights.shape[1]
+    step = min(n, max(1, SAMPLE_ELEMENTS // width))
+    together = min(
+        many, max(1, SAMPLE_ELEMENTS // (step * width))
+    )  # SAEs, all rows of which are done at once
+    sample = torch.empty(together * step * width, device=x.device)
+    guess = torch.empty(many, n, device=x.device)
+    for first, start in product(range(0, many, together), range(0, n, step)):
+        saes, rows = slice(first, min(first + together, many)), slice(start, min(start + step, n))
+        part = sample[: (saes.stop - first) * (rows.stop - start) * width].view(-1, rows.stop - start, width)
+        if len(part) > 1:
+            multiply(x[saes, rows], weights[saes].mT, part)
+        else:  # a library may know better what to do with a matrix than with a batch of one
+            multiply(x[first, rows], weights[first].t(), part[0])
+        row_threshold(part, how.rank, bias[saes], guess[saes, rows])
     return guess
 
 
 def _candidates(
     x: Tensor, w: Tensor, b: Tensor, guess: Tensor, capacity: int, tile: Tile | None
 ) -> tuple[Tensor, Tensor]:
-    """Keys [N, capacity] of the scores that reach their row's guess, and how many they are, kept or not."""
-    (n, d), f = x.shape, len(w)
+    """Keys [M N, capacity] of the scores that reach their row's guess; their number, kept or not [M N]."""
+    (many, n, d), f = x.shape, w.shape[1]
     asked, cores = tile, _cores(x.device)
     tile = asked or tile_for(x.device, x.dtype)
     if tile.descriptors and not _can_describe(x, w):  # by pointers Hopper's tile spills, Ampere's barely
         tile = asked._replace(descriptors=False) if asked else AMPERE
-    tiles = triton.cdiv(n, tile.rows) * triton.cdiv(f, tile.latents)
-    padded = (
-        triton.cdiv(n, tile.rows) * tile.rows
-    )  # PTX has no mask for rows: those beyond N have a place too
-    counts = torch.zeros(padded, dtype=torch.int32, device=x.device)
-    keys = torch.empty(padded, capacity, dtype=torch.int64, device=x.device)
+    tiles = many * triton.cdiv(n, tile.rows) * triton.cdiv(f, tile.latents)
+    # PTX has no mask for rows: a last one takes what those of a tile beyond N find.
+    counts = torch.zeros(many * n + 1, dtype=torch.int32, device=x.device)
+    keys = torch.empty(many * n + 1, capacity, dtype=torch.int64, device=x.device)
     operands: tuple[Any, Any] = (x, w)
     if tile.descriptors:
         # Not `from_tensor`: the stride of a dimension of size 1 may be anything in a contiguous tensor.
         operands = (
-            TensorDescriptor(x, [n, d], [d, 1], [tile.rows, tile.depth]),
-            TensorDescriptor(w, [f, d], [d, 1], [tile.latents, tile.depth]),
+            TensorDescriptor(x, [many * n, d], [d, 1], [tile.rows, tile.depth]),
+            TensorDescriptor(w, [many * f, d], [d, 1], [tile.latents, tile.depth]),
         )
     _filtered_product[(min(tiles, cores * tile.per_core),)](
-        *(*operands, b, guess, counts, keys, n, f, d, capacity),
+        *(*operands, b, guess, counts, keys, many, n, f, d, capacity),
         **_constants(tile, f),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    return keys[:n], counts[:n]
+    return keys[:-1], counts[:-1]
 
 
 @functools.cache
@@ -211,7 +231,7 @@ def _cores(device: torch.device) -> int:
 
 def _can_describe(x: Tensor, w: Tensor) -> bool:
     """Whether the copy engine takes these: rows begin at multiples of 16 bytes."""
-    return all(t.data_ptr() % 16 == 0 and t.shape[1] * t.element_size() % 16 == 0 for t in (x, w))
+    return all(t.data_ptr() % 16 == 0 and t.shape[-1] * t.element_size() % 16 == 0 for t in (x, w))
 
 
 def _constants(tile: Tile, f: int) -> dict[str, Any]:
@@ -226,46 +246,36 @@ def _constants(tile: Tile, f: int) -> dict[str, Any]:
     }
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["many"])
 def _filtered_product(
-    x,
-    w,
-    b,
-    guess,
-    counts,
-    keys,
-    n,
-    f,
-    d,
-    capacity,
-    ROWS: tl.constexpr,
-    LATENTS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    GROUP: tl.constexpr,
-    WHOLE: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    PTX: tl.constexpr,
-):
+    x, w, b, guess, counts, keys, many, n, f, d, capacity,
+    ROWS: tl.constexpr, LATENTS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    WHOLE: tl.constexpr, DESCRIPTORS: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
     down = tl.cdiv(n, ROWS)
     across = tl.cdiv(f, LATENTS)
     depth = tl.arange(0, DEPTH)
     # Not flattened with the loop inside, which crashes the compiler for Hopper.
-    for tile in tl.range(tl.program_id(0), down * across, tl.num_programs(0), flatten=False):
+    for number in tl.range(tl.program_id(0), many * down * across, tl.num_programs(0), flatten=False):
+        sae = number // (down * across)
+        tile = number % (down * across)
         top = tile // (GROUP * across) * GROUP
         height = tl.minimum(down - top, GROUP)
         first_row = (top + tile % (GROUP * across) % height) * ROWS
         first_latent = (tile % (GROUP * across) // height) * LATENTS
         row = first_row + tl.arange(0, ROWS)
         latent = first_latent + tl.arange(0, LATENTS)
-        bias = tl.load(b + latent, mask=latent < f, other=0.0)
+        x_row = sae * n + row  # of those of all SAEs
+        w_row = sae * f + latent
+        bias = tl.load(b + sae * f + latent, mask=latent < f, other=0.0)
         scores = tl.zeros((ROWS, LATENTS), tl.float32) + bias[None, :]
         if not DESCRIPTORS:
-            x_at = x + row.to(tl.int64)[:, None] * d + depth[None, :]
-            w_at = w + latent.to(tl.int64)[None, :] * d + depth[:, None]
+            x_at = x + x_row.to(tl.int64)[:, None] * d + depth[None, :]
+            w_at = w + w_row.to(tl.int64)[None, :] * d + depth[:, None]
         for start in range(0, d, DEPTH):
             if DESCRIPTORS:
-                left = x.load([first_row, start])
-                right = w.load([first_latent, start]).T
+                left = x.load([sae * n + first_row, start])
+                right = w.load([sae * f + first_latent, start]).T
             else:
                 left = tl.load(x_at, mask=(row < n)[:, None] & (start + depth < d)[None, :], other=0.0)
                 right = tl.load(w_at, mask=(latent < f)[None, :] & (start + depth < d)[:, None], other=0.0)
@@ -274,7 +284,8 @@ def _filtered_product(
             if _INTERPRETING:
                 left, right = left.to(tl.float32), right.to(tl.float32)
             scores = tl.dot(left, right, scores, input_precision="ieee")
-        least = tl.load(guess + row, mask=row < n, other=float("inf"))
+        least = tl.load(guess + x_row, mask=row < n, other=float("inf"))
+        place_row = tl.where(row < n, x_row, many * n)
         if not WHOLE:  # below every guess, which is finite as of the next line; NaN as a guess lets all pass
             scores = tl.where((latent < f)[None, :], scores, float("-inf"))
         least = tl.where(least > _LOWEST, least, _LOWEST)[:, None]
@@ -285,7 +296,7 @@ def _filtered_product(
                 [
                     scores,
                     least,
-                    row[:, None],
+                    place_row[:, None],
                     latent[None, :],
                     counts.to(tl.int64),
                     keys.to(tl.int64),
@@ -297,15 +308,15 @@ def _filtered_product(
             )
         else:
             hit = tl.where(scores < least, False, (row < n)[:, None])
-            count = tl.broadcast_to((counts + row)[:, None], (ROWS, LATENTS))
+            count = tl.broadcast_to((counts + x_row)[:, None], (ROWS, LATENTS))
             place = tl.atomic_add(count, 1, mask=hit, sem="relaxed")
-            slot = row.to(tl.int64)[:, None] * capacity + place
+            slot = x_row.to(tl.int64)[:, None] * capacity + place
             tl.store(keys + slot, pack(scores, latent[None, :]), mask=hit & (place < capacity))
 
 
 def cases(shape: Shape) -> list[Case]:
     types = {**dict.fromkeys(("b", "guess"), "*fp32"), "counts": "*i32", "keys": "*i64"}
-    types |= dict.fromkeys(("n", "f", "d", "capacity"), "i32")
+    types |= dict.fromkeys(("many", "n", "f", "d", "capacity"), "i32")
     found = []
     for arch, tile, dtype in (
         ("sm_80", AMPERE, "bf16"),
@@ -332,6 +343,7 @@ def cases(shape: Shape) -> list[Case]:
                     num_warps=tile.warps,
                     num_stages=tile.stages,
                     tensor_cores=dtype == "bf16",
+                    odd=("many",),
                     archs=(arch,),
                 )
             )

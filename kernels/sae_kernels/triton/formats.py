@@ -95,11 +95,11 @@ def load_moment(moment, at, mask):
 
 
 @triton.jit
-def store_moment(moment, exact, at, mask, step, salt):
+def store_moment(moment, exact, at, mask, step, salt, element):
     """As it is, or rounded to bfloat16 with the noise of (element, step, salt): see `latents.noise`."""
     if moment.dtype.element_ty == tl.int16:
         key = (step.to(tl.int64) * 0x9E3779B1 + salt).to(tl.uint32)
-        noise = _mix(_mix(at.to(tl.uint32)) ^ key) >> 16
+        noise = _mix(_mix(element.to(tl.uint32)) ^ key) >> 16
         bits = exact.to(tl.int32, bitcast=True) + noise.to(tl.int32)
         tl.store(moment + at, (bits >> 16).to(tl.int16), mask=mask)
     else:
@@ -126,7 +126,7 @@ def _settle(first, second, missed, decay, step, d, SALT: tl.constexpr, COLUMNS: 
             exact = load_moment(second, at, columns < d) * tl.load(decay + latent)
             zero = tl.zeros([COLUMNS], tl.float32).to(first.dtype.element_ty)
             tl.store(first + at, zero, mask=columns < d)
-            store_moment(second, exact, at, columns < d, tl.load(step), SALT)
+            store_moment(second, exact, at, columns < d, tl.load(step), SALT, at)
 
 
 def cases(shape: Shape) -> list[Case]:

@@ -1,6 +1,7 @@
 """Whether a step is made, and the numbers it needs, decided on the device before anything is written."""
 
 import struct
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -8,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sae_kernels.latents import AdamStep, Latents
-from sae_kernels.triton.launch import Case, Shape
+from sae_kernels.triton.launch import Case, Shape, on_device
 from sae_kernels.triton.lists import Lists, flag
 from sae_kernels.triton.tiles import NUM_STAGES, ROW_TYPES, Tile, case, column_tile
 
@@ -19,10 +20,10 @@ KEEP, FACTOR, RATE, ROOT, STEP = (tl.constexpr(i) for i in range(5))
 
 
 def check_rows(x: Tensor, lists: Lists) -> None:
-    n, d = x.shape
-    tile = column_tile(d)
+    many, d = len(lists.broken), x.shape[1]
+    n, tile = len(x) // many, column_tile(d)
     if n:
-        _check[(triton.cdiv(n, CHECK_ROWS), triton.cdiv(d, tile.columns))](
+        _check[(triton.cdiv(n, CHECK_ROWS), triton.cdiv(d, tile.columns), many)](
             *(x, lists.row_used, lists.broken, n, d),
             EACH=CHECK_ROWS,
             ROWS=tile.rows,
@@ -34,18 +35,19 @@ def check_rows(x: Tensor, lists: Lists) -> None:
 
 def decide(
     latents: Latents,
-    adam: AdamStep,
+    adams: Sequence[AdamStep],
     clip: float | None,
     norm: Tensor | None,
     clip_norm: Tensor | None,
     broken: Tensor,
 ) -> Tensor:
-    """Decides whether the step is made, counts it, and gives the numbers that it needs [5] float32."""
-    control = torch.empty(5, dtype=torch.float32, device=broken.device)
-    limited = None if clip is None else norm if clip_norm is None else clip_norm.float()
-    _decide[(1,)](
+    """Decides which SAEs' step is made, counts it, and gives the numbers that it needs [SAEs, 5] float32."""
+    control = torch.empty(len(broken), 5, dtype=torch.float32, device=broken.device)
+    limited = None if clip is None else norm if clip_norm is None else clip_norm.float().contiguous()
+    rates = on_device([float(adam.lr) for adam in adams], torch.float32, broken.device)
+    _decide[(len(broken),)](
         *(control, latents.step, broken, norm, limited, 0.0 if clip is None else float(clip)),
-        *(float(adam.lr), *_halves(adam.beta1), *_halves(adam.beta2)),
+        *(rates, *_halves(adams[0].beta1), *_halves(adams[0].beta2)),
         num_warps=1,
         num_stages=NUM_STAGES,
     )
@@ -60,6 +62,9 @@ def _halves(number: float) -> tuple[float, float]:
 
 @triton.jit
 def _check(x, row_used, broken, n, d, EACH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    sae = tl.program_id(2).to(tl.int64)
+    x += sae * n * d
+    row_used += sae * n
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     fine = tl.full([ROWS, COLUMNS], True, tl.int1)
     for start in range(0, EACH, ROWS):
@@ -68,20 +73,24 @@ def _check(x, row_used, broken, n, d, EACH: tl.constexpr, ROWS: tl.constexpr, CO
         mask = used[:, None] & (columns < d)[None, :]
         value = tl.load(x + row[:, None] * d + columns[None, :], mask=mask, other=0).to(tl.float32)
         fine = fine & (tl.abs(value) < float("inf"))
-    flag(broken, fine)
+    flag(broken + sae, fine)
 
 
 @triton.jit
 def _decide(
-    control, step, broken, norm, limited, clip, lr, beta1_upper, beta1_lower, beta2_upper, beta2_lower
+    control, step, broken, norm, limited, clip, rates, beta1_upper, beta1_lower, beta2_upper, beta2_lower
 ):
-    keep = tl.load(broken) == 0
+    sae = tl.program_id(0)
+    control += sae * 5
+    step += sae
+    keep = tl.load(broken + sae) == 0
     if norm is not None:
-        keep = tl.abs(tl.load(norm)) < float("inf")
+        keep = tl.abs(tl.load(norm + sae)) < float("inf")
     factor = 1.0
     if limited is not None:
-        factor = tl.minimum(clip / (tl.load(limited) + 1e-6), 1.0)
-        keep = keep & (tl.load(limited) == tl.load(limited))
+        limit = tl.load(limited + sae)
+        factor = tl.minimum(clip / (limit + 1e-6), 1.0)
+        keep = keep & (limit == limit)
     new = tl.load(step) + keep.to(tl.float32)
     tl.store(step, new)
     tl.store(control + KEEP, keep.to(tl.float32))
@@ -89,7 +98,7 @@ def _decide(
     zero = tl.zeros([], tl.float64)
     left1 = 1.0 - _power(zero + beta1_upper + beta1_lower, new)
     left2 = 1.0 - _power(zero + beta2_upper + beta2_lower, new)
-    tl.store(control + RATE, (lr / left1).to(tl.float32))
+    tl.store(control + RATE, (tl.load(rates + sae) / left1).to(tl.float32))
     tl.store(control + ROOT, tl.sqrt(left2).to(tl.float32))
     tl.store(control + STEP, new)
 

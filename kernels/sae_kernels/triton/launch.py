@@ -8,6 +8,7 @@ uint16) and storing bfloat16 truncates, so kernels convert to float32 as they lo
 
 import functools
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,6 +98,15 @@ def limited(registers: int | None) -> dict[str, int]:
 
     Left to itself, ptxas may aim at a round number (96, 128) and store the two or four that are over."""
     return {} if registers is None or torch.version.hip is not None else {"maxnreg": registers}
+
+
+def on_device(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A vector of numbers, by launches that hold them: a CUDA graph would read memory of the host again."""
+    if len(set(numbers)) == 1:
+        return torch.full((len(numbers),), numbers[0], dtype=dtype, device=device)
+    found = torch.zeros(len(numbers), dtype=dtype, device=device)
+    torch._foreach_add_(found.unbind(), list(numbers))
+    return found
 
 
 def refusal(*tensors: Tensor) -> str | None:

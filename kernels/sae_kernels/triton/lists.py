@@ -40,7 +40,9 @@ class Lists:
         first_piece: [F] int64, the number of the first piece of a latent whose list is cut.
         owner: [number of pieces at most] int64, the latent whose piece it is, F for none.
         row_used: [N] int8, 1 for a row with a slot that is not empty.
-        broken: [1] int32, not 0 once something that goes into a gradient has been found not to be finite.
+        broken: [SAEs] int32, not 0 once something that goes into a gradient has been found not to be finite.
+
+    Of several SAEs, the first F / SAEs latents and the first N / SAEs rows are those of the first.
     """
 
     starts: Tensor
@@ -65,8 +67,9 @@ def list_slots(
     offsets: Tensor | None,
     dots: Tensor | None,
     scale: float,
+    many: int = 1,
 ) -> Lists:
-    """Sorts the slots; dz = scale * dots."""
+    """Sorts the slots; dz = scale * dots. n, d_sae: rows and latents of all SAEs, which are `many`."""
     order, starts = slots_by_latent(values, indices, d_sae)
     m, device = values.numel(), values.device
     lengths = starts.diff()
@@ -74,6 +77,8 @@ def list_slots(
     past = pieces.cumsum(0)
     # A list of c > PIECE rows has at most 2c / (PIECE + 1) pieces.
     numbers = torch.arange(2 * m // (PIECE + 1), device=device)
+    room = 16 * triton.cdiv(4 * many, 16)  # of `broken` in bytes; kernels are compiled for aligned pointers
+    flags = torch.zeros(room + n, dtype=torch.int8, device=device)
     lists = Lists(
         starts=starts,
         rows=torch.empty(m, dtype=torch.int32, device=device),
@@ -81,8 +86,8 @@ def list_slots(
         dz=None if dots is None else torch.empty(m, dtype=torch.float32, device=device),
         first_piece=past - pieces,
         owner=torch.searchsorted(past, numbers, right=True),
-        row_used=torch.zeros(n, dtype=torch.int8, device=device),
-        broken=torch.zeros(1, dtype=torch.int32, device=device),
+        row_used=flags[room:],
+        broken=flags[: 4 * many].view(torch.int32),
     )
     if m:
         dots = None if dots is None else dots.float().contiguous()
@@ -90,7 +95,7 @@ def list_slots(
         _list_slots[(triton.cdiv(m, LIST_BLOCK),)](
             *(order, values.float().contiguous(), dots, of_slot, starts),
             *(lists.rows, lists.z, lists.dz, lists.row_used, lists.broken, float(scale), d_sae),
-            1 if offsets is not None else indices.shape[1],
+            *(1 if offsets is not None else indices.shape[1], n // many),
             BLOCK=LIST_BLOCK,
             num_warps=4,
             num_stages=NUM_STAGES,
@@ -121,13 +126,13 @@ def scan(lists: Lists, counters: Counters | None = None) -> tuple[Tensor, Tensor
 
     The sum of z * dz is <d_w_dec, w_dec>, because dz = scale * <g, w_dec>: the part that stretches w_dec.
     """
-    f = lists.num_latents
+    f, many = lists.num_latents, len(lists.broken)
     d_b_enc = torch.empty(f, dtype=torch.float32, device=lists.starts.device)
     along = torch.empty_like(d_b_enc)
     statistics: tuple[Any, ...] = (None, None, None, None, 0)
     if counters is not None:
         statistics = (counters.counts, counters.sums, counters.maxima, counters.last_fired, counters.tokens)
-    _scan[(f,)](
+    _scan[(f // many, many)](
         *(lists.z, lists.dz, lists.starts, d_b_enc, along, lists.broken),
         *statistics,
         BLOCK=SCAN_BLOCK,
@@ -141,14 +146,15 @@ def add_dead(
     dead: DeadGrads, w_dec: Weight, lists: Lists, d_b_enc: Tensor, along: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Adds the other loss to d_b_enc and along; latent -> row of `dead` or -1 [F], and rows for the rest."""
-    d, tile = w_dec.value.shape[1], column_tile(w_dec.value.shape[1])
+    d = w_dec.value.shape[-1]
+    tile, d_sae = column_tile(d), lists.num_latents // len(lists.broken)
     lookup = torch.full((lists.num_latents,), -1, dtype=torch.int32, device=d_b_enc.device)
     rows_dec, rows_enc, b_enc = (t.float().contiguous() for t in (dead.w_dec, dead.w_enc, dead.b_enc))
     if len(dead.latents):
         value, remainder, form = master_of(w_dec)
         _add_dead_rows[(len(dead.latents),)](
             *(dead.latents.contiguous(), rows_dec, rows_enc, b_enc, value, remainder),
-            *(lookup, d_b_enc, along, lists.broken, d),
+            *(lookup, d_b_enc, along, lists.broken, d_sae, d),
             DEC=form,
             COLUMNS=tile.columns,
             num_warps=tile.warps,
@@ -159,21 +165,9 @@ def add_dead(
 
 @triton.jit
 def _list_slots(
-    order,
-    values,
-    dots,
-    row_of_slot,
-    starts,
-    rows,
-    z,
-    dz,
-    row_used,
-    broken,
-    scale,
-    d_sae,
-    k,
+    order, values, dots, row_of_slot, starts, rows, z, dz, row_used, broken, scale, d_sae, k, n,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     listed = at < tl.load(starts + d_sae)
     slot = tl.load(order + at, mask=listed, other=0)
@@ -190,7 +184,7 @@ def _list_slots(
         gradient = scale * tl.load(dots + slot, mask=listed, other=0).to(tl.float32)
         tl.store(dz + at, gradient, mask=listed)
         finite = finite & (tl.abs(gradient) < float("inf"))
-    flag(broken, finite | ~listed)
+    flag(broken + row.to(tl.int32) // n, finite | ~listed)
 
 
 @triton.jit
@@ -288,7 +282,8 @@ def _sum_pieces(
 def _scan(
     z, dz, starts, d_b_enc, along, broken, counts, sums, maxima, last_fired, tokens, BLOCK: tl.constexpr
 ):
-    latent = tl.program_id(0).to(tl.int64)
+    sae = tl.program_id(1)
+    latent = sae.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     begin, end = tl.load(starts + latent), tl.load(starts + latent + 1)
     bias, product = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     fired, units = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64)
@@ -306,7 +301,7 @@ def _scan(
             largest = tl.maximum(largest, tl.where(at < end, value, float("-inf")))
     tl.store(d_b_enc + latent, tl.sum(bias))
     tl.store(along + latent, tl.sum(product))
-    flag(broken, (tl.abs(bias) < float("inf")) & (tl.abs(product) < float("inf")))
+    flag(broken + sae, (tl.abs(bias) < float("inf")) & (tl.abs(product) < float("inf")))
     if counts is not None:
         times = tl.sum(fired)
         tl.store(counts + latent, tl.load(counts + latent) + times)
@@ -326,22 +321,12 @@ def fixed_point(value):
 
 @triton.jit
 def _add_dead_rows(
-    latents,
-    rows_dec,
-    rows_enc,
-    b_enc,
-    value,
-    extra,
-    lookup,
-    d_b_enc,
-    along,
-    broken,
-    d,
-    DEC: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    latents, rows_dec, rows_enc, b_enc, value, extra, lookup, d_b_enc, along, broken, d_sae, d,
+    DEC: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     number = tl.program_id(0).to(tl.int64)
     latent = tl.load(latents + number)
+    broken += latent // d_sae
     product = tl.zeros([COLUMNS], tl.float32)
     for start in range(0, d, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)

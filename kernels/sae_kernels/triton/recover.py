@@ -27,6 +27,7 @@ BLOCK_F = tl.constexpr(256 if INTERPRETING else 64)  # latents per step
 DEPTH = 64  # of the product, per step
 # Programs, and pieces of work there are while rows are few.
 PROGRAMS = 4 if INTERPRETING else 512
+MIN_PROGRAMS = 2 if INTERPRETING else 64  # of each of many SAEs
 MAX_SEGMENTS = 128  # pieces of one group of rows
 MERGED_KEYS = 4096  # of all segments of a row: one program of `_recover_merge` holds them in registers
 
@@ -44,21 +45,25 @@ def recover(x: Tensor, w: Tensor, b: Tensor, k: int, failed: Tensor, values: Ten
         x: [N, D], w: [F, D], of one dtype, contiguous. b: [F] float32.
         k: slots, at most MAX_K.
         failed: [N] int32.
-        values, indices: [N, k], contiguous; written in the rows that failed."""
-    (n, d), f = x.shape, len(w)
+        values, indices: [N, k], contiguous; written in the rows that failed.
+
+    Or all with M before their shape, of M SAEs, each with programs of its own."""
+    (n, d), f = x.shape[-2:], w.shape[-2]
     if n == 0:
         return
-    launch = recover_launch(k)
-    pieces = max(PROGRAMS, triton.cdiv(n, GROUP.value))
-    rows, number = failed.new_empty(n), failed.new_empty(1)
-    found = torch.empty(pieces * GROUP.value * k, dtype=torch.int64, device=x.device)
-    buffers = torch.empty(PROGRAMS * GROUP.value * launch["BUFFER"], dtype=torch.int64, device=x.device)
-    _list_failed[(1,)](failed, rows, number, _counter(x.device), n, BLOCK=1024, num_warps=4)
-    args = (rows, number, found, pieces, segments(k), f, k)
+    launch, many = recover_launch(k), x.shape[:-2].numel()
+    programs = max(MIN_PROGRAMS, PROGRAMS // many)
+    pieces = max(programs, triton.cdiv(n, GROUP.value))
+    rows, number = failed.new_empty(many * n), failed.new_empty(many)
+    found = torch.empty(many * pieces * GROUP.value * k, dtype=torch.int64, device=x.device)
+    room = many * programs * GROUP.value * launch["BUFFER"]
+    buffers = torch.empty(room, dtype=torch.int64, device=x.device)
+    _list_failed[(many,)](failed, rows, number, _counter(x.device), n, BLOCK=1024, num_warps=4)
+    args = (rows, number, found, pieces, segments(k), n, f, k)
     registers = limited(recover_registers(x.element_size(), launch["num_warps"]))
-    _recover[(PROGRAMS,)](x, w, b, buffers, *args, d, **launch, **registers)
+    _recover[(programs, many)](x, w, b, buffers, *args, d, **launch, **registers)
     merged = recover_merge_launch(k)
-    _recover_merge[(PROGRAMS,)](buffers, values, indices, *args, **merged)
+    _recover_merge[(programs, many)](buffers, values, indices, *args, **merged)
 
 
 def recover_launch(k: int) -> dict[str, int | bool]:
@@ -105,15 +110,16 @@ def fallback_rows() -> dict[torch.device, Tensor]:
 
 @triton.jit
 def _list_failed(failed, rows, number, counter, n, BLOCK: tl.constexpr):
-    """The failed rows in order, and their number."""
+    """The failed rows of an SAE in order, numbered as those of all, and how many they are."""
+    own = tl.program_id(0) * n
     total = tl.zeros((), tl.int32)
     for start in range(0, n, BLOCK):
         row = start + tl.arange(0, BLOCK)
-        flag = tl.load(failed + row, mask=row < n, other=0)
+        flag = tl.load(failed + own + row, mask=row < n, other=0)
         place = total + tl.cumsum(flag, 0) - flag
-        tl.store(rows + place, row, mask=flag != 0)
+        tl.store(rows + own + place, own + row, mask=flag != 0)
         total += tl.sum(flag)
-    tl.store(number, total)
+    tl.store(number + tl.program_id(0), total)
     tl.atomic_add(counter, total.to(tl.int64))
 
 
@@ -153,29 +159,17 @@ def _shrink(buffer, count, bound, rows, k, BUFFER: tl.constexpr, ROWS: tl.conste
 
 @triton.jit
 def _recover(
-    x,
-    w,
-    b,
-    buffers,
-    rows,
-    number_of_rows,
-    found,
-    pieces,
-    segments,
-    f,
-    k,
-    d,
-    BUFFER: tl.constexpr,
-    DEPTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    x, w, b, buffers, rows, number_of_rows, found, pieces, segments, n, f, k, d,
+    BUFFER: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """The k largest keys of 16 failed rows in one segment of the latents, one piece of work after another.
 
     Keys above the k-th largest so far are appended to each row's buffer, which is shrunk to k when full."""
-    number = tl.load(number_of_rows)
+    sae = tl.program_id(1)
+    rows += sae * n
+    number = tl.load(number_of_rows + sae)
     groups, parts, width = _cut(number, pieces, segments, f)
-    buffer = buffers + tl.program_id(0).to(tl.int64) * (GROUP * BUFFER)
+    buffer = buffers + (sae * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * (GROUP * BUFFER)
     slot = tl.arange(0, GROUP)
     col = tl.arange(0, BLOCK_F)
     depth = tl.arange(0, DEPTH)
@@ -188,17 +182,18 @@ def _recover(
         bound = tl.full((GROUP,), LOWEST, tl.int64)
         for start in range(begin, end, BLOCK_F):
             latent = start + col
+            w_row = sae * f + latent
             scores = tl.zeros((GROUP, BLOCK_F), tl.float32)
             for step in range(0, d, DEPTH):
                 at = step + depth
                 x_mask = (first + slot < number)[:, None] & (at < d)[None, :]
                 w_mask = (at < d)[:, None] & (latent < end)[None, :]
                 left = tl.load(x + row[:, None] * d + at[None, :], mask=x_mask, other=0.0)
-                right = tl.load(w + latent.to(tl.int64)[None, :] * d + at[:, None], mask=w_mask, other=0.0)
+                right = tl.load(w + w_row.to(tl.int64)[None, :] * d + at[:, None], mask=w_mask, other=0.0)
                 if UPCAST:
                     left, right = left.to(tl.float32), right.to(tl.float32)
                 scores = tl.dot(left, right, scores, input_precision="ieee")
-            scores += tl.load(b + latent, mask=latent < end, other=0.0)[None, :]
+            scores += tl.load(b + w_row, mask=latent < end, other=0.0)[None, :]
             key = pack(scores, latent[None, :])
             new = (key > bound[:, None]) & (latent < end)[None, :] & (first + slot < number)[:, None]
             if tl.max(tl.max(new.to(tl.int32), axis=1), axis=0) > 0:
@@ -214,31 +209,24 @@ def _recover(
             key = tl.load(
                 buffer + slot[:, None] * BUFFER + at[None, :], mask=at[None, :] < count[:, None], other=LOWEST
             )
-            goal = ((first + slot).to(tl.int64) * parts + piece % parts)[:, None] * k + at[None, :]
+            place = sae.to(tl.int64) * pieces * GROUP + (first + slot).to(tl.int64) * parts + piece % parts
+            goal = place[:, None] * k + at[None, :]
             tl.store(found + goal, key, mask=(at < k)[None, :] & (first + slot < number)[:, None])
         tl.debug_barrier()  # before the next piece of work writes to the buffer
 
 
 @triton.jit
 def _recover_merge(
-    buffers,
-    values,
-    indices,
-    rows,
-    number_of_rows,
-    found,
-    pieces,
-    segments,
-    f,
-    k,
-    KEYS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
-):
+    buffers, values, indices, rows, number_of_rows, found, pieces, segments, n, f, k,
+    KEYS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
     """The k largest of all segments of each failed row."""
-    number = tl.load(number_of_rows)
+    sae = tl.program_id(1).to(tl.int64)
+    rows += sae * n
+    found += sae * pieces * GROUP * k
+    number = tl.load(number_of_rows + sae)
     _, parts, _ = _cut(number, pieces, segments, f)
-    chosen = buffers + tl.program_id(0).to(tl.int64) * k
+    chosen = buffers + (sae * tl.num_programs(0) + tl.program_id(0)) * k
     col = tl.arange(0, KEYS)
     for place in range(tl.program_id(0), number, tl.num_programs(0)):
         row = tl.load(rows + place).to(tl.int64)
@@ -260,6 +248,7 @@ def cases(shape: Shape) -> list[Case]:
         "found": "*i64",
         "pieces": "i32",
         "segments": "i32",
+        "n": "i32",
         "f": "i32",
         "k": "i32",
     }

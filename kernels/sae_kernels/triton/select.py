@@ -97,18 +97,19 @@ def row_threshold(sample: Tensor, rank: int, bias: Tensor, out: Tensor | None = 
     """The rank-th largest of sample + bias in each row, rounded down to 16 bits, which is all a guess needs.
 
     Args:
-        sample: [R, S], the last dimension contiguous; S is at most 2 * SAMPLE_WIDTH.
-        bias: [S] float32.
-        out: [R] float32 to write to.
+        sample: [R, S], the last dimension contiguous, or contiguous [M, R, S]; S is at most 2 * SAMPLE_WIDTH.
+        bias: [S] or [M, S] float32.
+        out: [R] or [M, R] float32 to write to, the last dimension contiguous.
 
     Returns:
-        [R] float32; NaN, which every score reaches, if the sample has fewer than `rank` scores."""
-    rows, width = sample.shape
-    out = torch.empty(rows, dtype=torch.float32, device=sample.device) if out is None else out
+        `out`; NaN, which every score reaches, if the sample has fewer than `rank` scores."""
+    *many, rows, width = sample.shape
+    out = torch.empty(*many, rows, dtype=torch.float32, device=sample.device) if out is None else out
     launch = threshold_launch(width)
     if rows:
-        grid = (triton.cdiv(rows, launch["ROWS"]),)
-        _threshold[grid](sample, bias, out, rows, width, sample.stride(0), rank, **launch)
+        grid = (triton.cdiv(rows, launch["ROWS"]), *many)
+        apart = out.stride(0) if many else rows
+        _threshold[grid](sample, bias, out, rows, width, sample.stride(-2), apart, rank, **launch)
     return out
 
 
@@ -118,13 +119,14 @@ def threshold_launch(width: int) -> dict[str, int]:
 
 
 @triton.jit
-def _threshold(sample, bias, out, rows, width, stride, rank, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _threshold(sample, bias, out, rows, width, stride, apart, rank, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    sae = tl.program_id(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (col < width)[None, :]
-    at = row.to(tl.int64)[:, None] * stride + col[None, :]
+    at = (sae * rows + row).to(tl.int64)[:, None] * stride + col[None, :]
     score = tl.load(sample + at, mask=inside, other=0.0).to(tl.float32)
-    score += tl.load(bias + col, mask=col < width, other=0.0)[None, :]
+    score += tl.load(bias + sae * width + col, mask=col < width, other=0.0)[None, :]
     # The largest 16-bit number that `rank` scores reach, bit by bit; -32768 belongs to a negative NaN.
     upper = tl.where(inside, ordered(score) >> 16, -32769)
     best = tl.full((ROWS,), -32768, tl.int32)
@@ -132,12 +134,13 @@ def _threshold(sample, bias, out, rows, width, stride, rank, ROWS: tl.constexpr,
         trial = best + (1 << bit)
         count = tl.sum((upper >= trial[:, None]).to(tl.int32), axis=1)
         best = tl.where(count >= rank, trial, best)
-    tl.store(out + row, score_of(best << 16), mask=row < rows)
+    tl.store(out + sae * apart + row, score_of(best << 16), mask=row < rows)
 
 
 def cases(shape: Shape) -> list[Case]:
     """Any width of a sample; on AMD it may be the rounded product of bfloat16 operands."""
     types = {"bias": "*fp32", "out": "*fp32", "rows": "i32", "width": "i32", "stride": "i32", "rank": "i32"}
+    types["apart"] = "i32"
     found = []
     for block in sorted({threshold_launch(2**i)["BLOCK"] for i in range((2 * SAMPLE_WIDTH).bit_length())}):
         launch = threshold_launch(block)

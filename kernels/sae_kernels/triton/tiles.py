@@ -58,7 +58,7 @@ _TYPES = {
     **dict.fromkeys(("counts", "sums", "last_fired"), "*i64"),
     **dict.fromkeys(("rows", "broken", "lookup", "last_step"), "*i32"),
     **dict.fromkeys(("d", "d_sae", "k", "n", "each", "size", "num_plus", "num_minus"), "i32"),
-    **dict.fromkeys(("scale", "scale_a", "clip", "lr", "b1", "rest1", "b2", "rest2", "eps"), "fp32"),
+    **dict.fromkeys(("scale", "scale_a", "clip", "b1", "rest1", "b2", "rest2", "eps"), "fp32"),
     **dict.fromkeys((f"beta{i}_{half}" for i in (1, 2) for half in ("upper", "lower")), "fp32"),
     **{"row_used": "*i8", "tokens": "i64"},
 }
