@@ -26,9 +26,11 @@ from sae_train.plan_step import (
     larger_matrix,
     low_copies,
     matrices,
+    rows_at_once,
     share,
     temporaries,
 )
+from sae_train.train.kernels import most_together
 
 STAGES = ("start", "training", "judging", "report")
 MARGIN = 0.15
@@ -191,10 +193,13 @@ def _memory(job: Job, members: Iterable[MemberShape]) -> tuple[dict[str, dict[st
 
 
 def _at_once(job: Job, own: list[MemberShape]) -> int:
-    """SAEs that step at a time, as `steps_side_by_side` decides."""
+    """SAEs that step at a time, as `steps_side_by_side` and `at_once` decide, or more: shapes may differ."""
+    fused = [m for m in own if is_fused(job, m)]
+    flop = max((2 * rows_at_once(job) * m.latents * m.d_in for m in fused), default=0)
+    together = min(len(fused), most_together(job.config.kernels, job.gpu, flop))
     apart = not job.gpu and job.data * job.feature == 1 and job.config.train.loss == "rows"
     apart = apart and all(m.optim.name != "adam8bit" for m in job.members)
-    return min(len(own), job.cores) if apart else 1
+    return max(together, min(len(own), job.cores) if apart else 1)
 
 
 def _largest(count: int, of: Iterable[int]) -> int:

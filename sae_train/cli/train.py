@@ -242,7 +242,7 @@ def _train(
     loss = (autocast, wired.through, config.train.loss_weight)
     stepper = ranks.all_do(
         lambda: (
-            choose_stepper(config.kernels, built, config.train.accumulate, *loss)
+            choose_stepper(config.kernels, built, config.train.accumulate, *loss, config.train.batch_tokens)
             if built
             else AutogradStepper()
         )

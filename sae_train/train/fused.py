@@ -8,12 +8,17 @@ It works on the SAE's own parameters and on the optimizer's own state tensors, s
 of any other step and a run may go on with either. `AutogradStepper` is the truth that this equals up to
 the order of sums.
 
+Several members of one shape may step at once (`step_together`): their tensors then lie in stacks, and what a
+step launches, they share. A single member is a stack of one.
+
 What `OptimConfig` has beyond Adam is kept in that state too, with w_enc: `grad_norm` [] by which the next
 step clips if clipping is lagged, `last_step` [F] int32 in which each latent was last caught up if only
 active rows are stepped. Saving does not settle those rows: that would round their second moments once more.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,8 +29,9 @@ from sae_kernels import (
     Latents,
     Weight,
     decode_residual,
-    latent_step,
-    topk_encode,
+    latent_step_many,
+    numbered,
+    topk_encode_many,
 )
 from torch import Tensor, nn
 
@@ -35,6 +41,8 @@ from sae_train.losses import Losses
 from sae_train.sae.base import LinearLatents
 from sae_train.train.members import Member
 from sae_train.train.optim import OptimConfig
+from sae_train.train.spikes import judge
+from sae_train.train.stacked import Stacks
 from sae_train.train.stepper import Step, autocast, count_skipped
 
 
@@ -62,6 +70,15 @@ def cannot_fuse(member: Member, accumulate: int, autocast: torch.dtype | None = 
     return f"{member.name} has parameters that are not contiguous float32" if wrong else None
 
 
+def alike(member: Member) -> tuple[object, ...]:
+    """Equal for members that may step together: shapes, and what a step does but for k and learning rate."""
+    form, group, config = _form(member), member.optimizer.param_groups[0], member.config.optim
+    shapes = (form.w_enc.shape, form.scale_in.shape, form.scale_out.shape)
+    how = (form.centred, form.unit_norm, member.places.targets == (), len(member.places.inputs) > 1)
+    adam = (*group["betas"], group["eps"], config.clip, config.clip_norm, config.moments, config.rows)
+    return *shapes, *how, *adam
+
+
 @dataclass
 class _LowCopy:
     """A bfloat16 copy of a parameter, and the state (`_state`) of what it is a copy of."""
@@ -76,84 +93,146 @@ class FusedStepper:
     Args:
         autocast: bfloat16 keeps copies of both weight matrices in it, and rows and residuals too;
             None computes everything in float32. Masters are float32 either way.
+        at_once: most members that step together.
 
     Raises:
         ValueError: another dtype.
     """
 
-    def __init__(self, autocast: torch.dtype | None = None) -> None:
+    def __init__(self, autocast: torch.dtype | None = None, at_once: int = 1) -> None:
         if autocast not in (None, torch.bfloat16):
             raise ValueError(f"autocast is {autocast}: expected None or torch.bfloat16")
-        self.autocast = autocast
+        self.autocast, self.at_once = autocast, at_once
         self._low: WeakKeyDictionary[Member, dict[str, _LowCopy]] = WeakKeyDictionary()
+        self._stacks: dict[tuple[str, ...], Stacks] = {}
 
     def take(self, member: Member, rows: RowBatch) -> Batch:
         return member.batch(rows)
 
-    def step(self, member: Member, batch: Batch) -> Step:
-        form = member.sae.latents()
-        assert form is not None, "cannot_fuse was not asked"
-        with torch.no_grad():
-            latents = self._latents(form, member)
-            step = self._step(form, latents, member, batch)
-            for parameter in (form.b_enc, form.w_dec, form.b_dec):
-                member.optimizer.state[parameter]["step"].copy_(latents.step)
-        count_skipped(member, step.grad_norm)
-        member.schedule.step()
-        self._remember(form, member)
-        if member.average is not None:
-            member.average.update_parameters(member.sae)
-        return step
+    def units(self, members: Sequence[Member]) -> list[list[Member]]:
+        found: dict[tuple[object, ...], list[list[Member]]] = {}
+        for member in members:
+            of_kind = found.setdefault(alike(member), [[]])
+            if of_kind[-1] and len(of_kind[-1]) == self.at_once:
+                of_kind.append([])
+            of_kind[-1].append(member)
+        return [unit for of_kind in found.values() for unit in of_kind]
 
-    def _step(self, form: LinearLatents, latents: Latents, member: Member, batch: Batch) -> Step:
-        stats, config = member.stats, member.config.optim
-        (n, d), dtype = batch.y.shape, self.autocast or torch.float32
+    def step(self, member: Member, batch: Batch) -> Step:
+        return self.step_together([member], [batch])[0]
+
+    def step_together(self, members: Sequence[Member], batches: Sequence[Batch]) -> list[Step]:
+        """One step of each of M members that are `alike`. Rows that are one tensor for all are cast once."""
+        forms = [_form(member) for member in members]
+        with torch.no_grad():
+            stacks = self._stacks.setdefault(tuple(member.name for member in members), Stacks())
+            latents = self._stack(forms, members, stacks)
+            done = self._step(forms, latents, members, batches, stacks)
+            for name in ("b_enc", "w_dec", "b_dec"):
+                states = [
+                    m.optimizer.state[getattr(form, name)] for m, form in zip(members, forms, strict=True)
+                ]
+                stacks.of(f"step of {name}", [s["step"] for s in states], _entry(states, "step")).copy_(
+                    latents.step
+                )
+        for form, member in zip(forms, members, strict=True):
+            member.schedule.step()
+            self._remember(form, member)
+            if member.average is not None:
+                member.average.update_parameters(member.sae)
+        return done
+
+    def _step(
+        self,
+        forms: Sequence[LinearLatents],
+        latents: Latents,
+        members: Sequence[Member],
+        batches: Sequence[Batch],
+        stacks: Stacks,
+    ) -> list[Step]:
+        first, config = forms[0], members[0].config.optim
+        (n, d), dtype = batches[0].y.shape, self.autocast or torch.float32
+        y, scale_out = _shared([b.y for b in batches]), _scales([form.scale_out for form in forms])
         # With b_dec taken from the target instead of added to the output, an autoencoder's target is its
         # input: one tensor serves as both, and rounds distances from b_dec only.
-        target = (batch.y.float() * form.scale_out - form.b_dec).to(dtype)
-        if form.centred and batch.x is batch.y:
+        target = (y * scale_out - latents.b_dec.value.unsqueeze(1)).to(dtype)
+        if first.centred and batches[0].x is batches[0].y:
             x = target
         else:
-            x = (batch.x.float() * form.scale_in - form.centre).to(dtype)
+            centre = torch.stack([form.centre for form in forms]).unsqueeze(1)
+            x = _shared([b.x for b in batches]) * _scales([form.scale_in for form in forms])
+            x = (x - centre).to(dtype)
         w_enc, w_dec = latents.w_enc.product(), latents.w_dec.product()
-        values, indices = topk_encode(x, w_enc, form.b_enc.detach(), form.k)
-        no_bias = torch.zeros_like(form.b_dec)
-        residual, loss, dots = decode_residual(values, indices, w_dec, no_bias, target)
-        terms = {"mse": loss.mean() / d}
-        dead = None
-        if form.dead_loss is not None and len(member.dead) > 0:
-            terms["auxk"], dead = self._dead(form, member.dead, residual, x)
-        group = member.optimizer.param_groups[0]
-        beta1, beta2 = group["betas"]
-        kept = member.optimizer.state[form.w_enc]
-        last_norm = kept.get("grad_norm") if config.clip_norm == "lagged" else None
-        stats.tokens += n
-        spike = member.spikes.judge(torch.stack([*terms.values()]).sum())
-        kept_residual = residual[0, 0].clone()
-        residual[0, 0] = torch.where(spike, torch.nan, kept_residual)  # one NaN has the whole step left out
-        norm = latent_step(
+        ks = [form.k for form in forms]
+        values, indices = topk_encode_many(x, w_enc, latents.b_enc.value, ks)
+        d_sae = w_enc.shape[1]
+        no_bias = torch.zeros_like(latents.b_dec.value[0])
+        residual, loss, dots = (
+            t.unflatten(0, (len(forms), n))
+            for t in decode_residual(
+                values.flatten(0, 1),
+                numbered(indices, d_sae),
+                w_dec.flatten(0, 1),
+                no_bias,
+                target.flatten(0, 1),
+            )
+        )
+        mse = loss.mean(dim=1) / d
+        terms = [{"mse": own} for own in mse]
+        dead: list[DeadGrads | None] = [None] * len(forms)
+        totals = mse
+        for number, (form, member) in enumerate(zip(forms, members, strict=True)):
+            if form.dead_loss is not None and len(member.dead) > 0:
+                terms[number]["auxk"], dead[number] = self._dead(
+                    form, member.dead, residual[number], x[number]
+                )
+        if any(dead):
+            totals = torch.stack([torch.stack([*own.values()]).sum() for own in terms])
+        spikes = self._spikes(members, totals, stacks)
+        kept_residuals = residual[:, 0, 0].clone()
+        residual[:, 0, 0] = torch.where(
+            spikes, torch.nan, kept_residuals
+        )  # one NaN has the whole step left out
+        kept = [member.optimizer.state[form.w_enc] for form, member in zip(forms, members, strict=True)]
+        last_norms = None
+        if config.clip_norm == "lagged" and all("grad_norm" in own for own in kept):
+            last_norms = torch.stack([own["grad_norm"] for own in kept])
+        norms = latent_step_many(
             x,
             residual,
             values,
             indices,
             dots,
             latents,
-            AdamStep(lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"]),
+            [_adam(member.optimizer.param_groups[0]) for member in members],
             scale=-2 / (n * d),
-            centred=form.centred,
-            unit_norm=form.unit_norm,
+            centred=first.centred,
+            unit_norm=first.unit_norm,
             clip=config.clip,
-            clip_norm=last_norm,
+            clip_norms=last_norms,
             dead=dead,
-            counters=Counters(stats.counts, stats.sums, stats.maxima, stats.last_fired, stats.tokens),
+            counters=self._counters(members, n, stacks),
         )
         if config.clip_norm == "lagged":
             # A step that was skipped has no norm; after a first one like that the next is not clipped.
-            other = torch.zeros_like(norm) if last_norm is None else last_norm
-            kept["grad_norm"] = torch.where(torch.isfinite(norm), norm, other)
-        residual[0, 0] = kept_residual
-        y_hat = torch.addcdiv(batch.y.float(), residual.float(), form.scale_out, value=-1)
-        return Step(Losses(terms, Codes(values, indices, len(w_enc)), y_hat), batch, norm)
+            other = torch.zeros_like(norms) if last_norms is None else last_norms
+            for own, norm in zip(kept, torch.where(torch.isfinite(norms), norms, other), strict=True):
+                own["grad_norm"] = norm
+        skipped, in_a_row = (
+            stacks.of(name, [getattr(m, name) for m in members], _attribute(members, name))
+            for name in ("skipped", "skipped_in_a_row")
+        )
+        count_skipped(skipped, in_a_row, norms)
+        residual[:, 0, 0] = kept_residuals
+        y_hat = torch.addcdiv(y, residual.float(), scale_out, value=-1)
+        return [
+            Step(
+                Losses(terms[m], Codes(values[m, :, :k], indices[m, :, :k], d_sae), y_hat[m]),
+                batches[m],
+                norms[m],
+            )
+            for m, k in enumerate(ks)
+        ]
 
     def _dead(
         self, form: LinearLatents, dead: Tensor, residual: Tensor, x: Tensor
@@ -166,6 +245,57 @@ class FusedStepper:
                 loss = form.dead_loss(residual, x, *rows)
             w_enc, b_enc, w_dec = torch.autograd.grad(loss, rows)
         return loss.detach(), DeadGrads(dead, w_enc, b_enc, w_dec)
+
+    def _stack(self, forms: Sequence[LinearLatents], members: Sequence[Member], stacks: Stacks) -> Latents:
+        """The latents of all, every tensor with their number before its shape."""
+        each = [self._latents(form, member) for form, member in zip(forms, members, strict=True)]
+
+        def weight(name: str) -> Weight:
+            parameters = [getattr(form, name) for form in forms]
+            own = [getattr(latents, name) for latents in each]
+            states = [m.optimizer.state[p] for m, p in zip(members, parameters, strict=True)]
+            low = None
+            if own[0].low is not None:
+                copies = [self._low[member][name] for member in members]
+                low = stacks.of(f"low {name}", [w.low for w in own], _attribute(copies, "tensor"))
+            return Weight(
+                stacks.of(name, [w.value for w in own], _attribute(parameters, "data")),
+                stacks.of(f"exp_avg of {name}", [w.first for w in own], _entry(states, "exp_avg")),
+                stacks.of(f"exp_avg_sq of {name}", [w.second for w in own], _entry(states, "exp_avg_sq")),
+                low,
+            )
+
+        w_enc, b_enc, w_dec, b_dec = (weight(name) for name in ("w_enc", "b_enc", "w_dec", "b_dec"))
+        of_all = [m.optimizer.state[form.w_enc] for m, form in zip(members, forms, strict=True)]
+        last_step = None
+        if "last_step" in of_all[0]:
+            last_step = stacks.of("last_step", [s["last_step"] for s in of_all], _entry(of_all, "last_step"))
+        step = stacks.of("step", [s["step"] for s in of_all], _entry(of_all, "step"))
+        if len(members) > 1:  # where weights were moved into stacks, their copies are as good as before
+            for form, member in zip(forms, members, strict=True):
+                self._remember(form, member)
+        return Latents(w_enc, b_enc, w_dec, b_dec, step, last_step)
+
+    @staticmethod
+    def _spikes(members: Sequence[Member], losses: Tensor, stacks: Stacks) -> Tensor:
+        guards = [member.spikes for member in members]
+        state = [
+            stacks.of(f"spikes {name}", [getattr(g, name) for g in guards], _attribute(guards, name))
+            for name in ("losses", "seen", "streak", "spikes")
+        ]
+        return judge(losses, guards[0].sds, *state)
+
+    @staticmethod
+    def _counters(members: Sequence[Member], rows: int, stacks: Stacks) -> Counters:
+        stats = [member.stats for member in members]
+        for own in stats:
+            own.tokens += rows
+        assert len({own.tokens for own in stats}) == 1, "SAEs of one run have seen the same number of rows"
+        counts, sums, maxima, last_fired = (
+            stacks.of(name, [getattr(own, name) for own in stats], _attribute(stats, name))
+            for name in ("counts", "sums", "maxima", "last_fired")
+        )
+        return Counters(counts, sums, maxima, last_fired, stats[0].tokens)
 
     def _latents(self, form: LinearLatents, member: Member) -> Latents:
         """The parameters with the optimizer's state of them, which is made if this is the first step."""
@@ -200,6 +330,37 @@ class FusedStepper:
     def _remember(self, form: LinearLatents, member: Member) -> None:
         for name, parameter in _matrices(form) if member in self._low else ():
             self._low[member][name].state = _state(parameter, member)
+
+
+def _form(member: Member) -> LinearLatents:
+    form = member.sae.latents()
+    assert form is not None, "cannot_fuse was not asked"
+    return form
+
+
+def _shared(rows: Sequence[Tensor]) -> Tensor:
+    """Rows of M members as [M, N, D] float32: of all at once, cast once, where they are the same tensor."""
+    if all(one is rows[0] for one in rows):
+        return rows[0].float().expand(len(rows), -1, -1)
+    return torch.stack([one.float() for one in rows])
+
+
+def _scales(scales: Sequence[Tensor]) -> Tensor:
+    """Scalars or [D] of M members, as [M, 1, 1] or [M, 1, D]."""
+    return torch.stack(list(scales)).reshape(len(scales), 1, -1)
+
+
+def _adam(group: dict[str, Any]) -> AdamStep:
+    beta1, beta2 = group["betas"]
+    return AdamStep(lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"])
+
+
+def _attribute(owners: Sequence[object], name: str) -> Callable[[int, Tensor], None]:
+    return lambda number, tensor: setattr(owners[number], name, tensor)
+
+
+def _entry(owners: Sequence[dict[str, Any]], name: str) -> Callable[[int, Tensor], None]:
+    return lambda number, tensor: owners[number].__setitem__(name, tensor)
 
 
 def _matrices(form: LinearLatents) -> tuple[tuple[str, nn.Parameter], ...]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from sae_kernels import available_backends
-from sae_kernels.dispatch import select
+from sae_kernels.dispatch import select, way_of
 from torch import Tensor
 
 from sae_train.batch import RowBatch
@@ -31,6 +31,9 @@ class KernelsConfig:
     stepper: str = "auto"
     """fused computes a step in a few sparse ops, autograd as the loss says; auto fuses the steps of every
     member of which that works."""
+    together: str = "auto"
+    """Members of one shape whose steps are fused share launches: always, never, or, on auto, on a GPU that
+    would wait for launches."""
 
     def __post_init__(self) -> None:
         known = ["auto", *available_backends()]
@@ -38,11 +41,18 @@ class KernelsConfig:
             raise InputError("kernels.backend", self.backend, nearest(str(self.backend), known))
         if self.stepper not in ("auto", "autograd", "fused"):
             raise InputError("kernels.stepper", self.stepper, "auto, autograd or fused")
+        if self.together not in ("auto", "always", "never"):
+            raise InputError("kernels.together", self.together, "auto, always or never")
 
 
 OPS = ("topk_encode", "sparse_decode", "gather_dot", "segment_rows", "dead_encode")
 """What every run may call; a backend asked for by name has to have them all."""
 FUSED_OPS = ("decode_residual", "latent_step")
+MOST_TOGETHER = 16
+"""Members that share launches; each has temporaries of its own."""
+SMALL_FLOP = 1e11
+"""Of a step's encoder product. A GPU takes a tenth of a millisecond for that, and launching a step at least
+four tenths: reckoned, not measured."""
 MAX_NAMED = 8
 """Members that a line of the log names."""
 
@@ -54,6 +64,7 @@ def choose_stepper(
     autocast: torch.dtype | None,
     through: SplicedModel | None = None,
     weight: float = 1.0,
+    rows: int = 0,
 ) -> Stepper:
     """The stepper of a run; says in the log which it is, for which members if not for all, and why.
 
@@ -63,6 +74,7 @@ def choose_stepper(
         accumulate: micro-batches per step.
         autocast: dtype of matrix products, or None for float32.
         through: the language model to train through, with its loss of this `weight`; None trains on rows.
+        rows: of a step.
 
     Raises:
         InputError: the backend cannot run here, or fused steps are asked for, by name or by an option of
@@ -90,8 +102,10 @@ def choose_stepper(
     if not unfused:
         asked = config.stepper == "fused"
         why = "kernels.stepper=fused" if asked else "every SAE is linear with top-k codes, under plain Adam"
-        logger.info("steps are fused: %s", why)
-        return FusedStepper(autocast)
+        faster = FusedStepper(autocast, at_once(config, members, rows))
+        shared = [len(unit) for unit in faster.units(members) if len(unit) > 1]
+        logger.info("steps are fused: %s%s", why, f"; {sum(shared)} SAEs share launches" if shared else "")
+        return faster
     if len(unfused) == len(members):
         logger.info("steps go through autograd: %s", first)
         if through is not None:
@@ -100,7 +114,23 @@ def choose_stepper(
     fused = [name for name in reasons if name not in unfused]
     told = f"{len(fused)} of {len(members)} SAEs" if len(fused) > MAX_NAMED else ", ".join(fused)
     logger.info("steps of %s are fused, the others go through autograd: %s", told, first)
-    return MixedStepper(fused, FusedStepper(autocast), AutogradStepper(accumulate, autocast))
+    own = [member for member in members if member.name in fused]
+    faster = FusedStepper(autocast, at_once(config, own, rows))
+    return MixedStepper(fused, faster, AutogradStepper(accumulate, autocast))
+
+
+def at_once(config: KernelsConfig, members: Sequence[Member], rows: int) -> int:
+    """How many members of one shape, of which all can be fused, may share launches."""
+    weights = [form.w_enc for member in members if (form := member.sae.latents()) is not None]
+    backend, _ = select("latent_step", config.backend, weights[0].detach())
+    shares = weights[0].is_cuda and way_of(backend, "latent_step_many") is not None
+    return most_together(config, shares, 2 * rows * max(w.numel() for w in weights))
+
+
+def most_together(config: KernelsConfig, shares: bool, flop: int) -> int:
+    """How many SAEs may share launches, where there is a way to, with so much work in the product of one."""
+    wanted = config.together == "always" or (config.together == "auto" and shares and flop <= SMALL_FLOP)
+    return MOST_TOGETHER if wanted else 1
 
 
 class MixedStepper:
@@ -122,6 +152,14 @@ class MixedStepper:
 
     def step(self, member: Member, batch: Any) -> Step:
         return self._of(member).step(member, batch)
+
+    def units(self, members: Sequence[Member]) -> list[list[Member]]:
+        fused = [member for member in members if member.name in self.fused]
+        others = [member for member in members if member.name not in self.fused]
+        return self.faster.units(fused) + self.other.units(others)
+
+    def step_together(self, members: Sequence[Member], batches: Sequence[Any]) -> list[Step]:
+        return self._of(members[0]).step_together(members, batches)
 
 
 def _cannot_run(backend: str, ops: Sequence[str], tensor: Tensor) -> str | None:

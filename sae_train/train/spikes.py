@@ -34,19 +34,7 @@ class SpikeGuard:
 
     def judge(self, loss: Tensor) -> Tensor:
         """Whether a loss (0-dim) is a spike, as a 0-dim bool. One that is not finite is none."""
-        loss = loss.detach().float()
-        window, finite = len(self.losses), torch.isfinite(loss)
-        # torch takes differences to the mean: a variance from sums of squares would be rounding noise here.
-        high = finite & (loss > self.losses.mean() + self.sds * self.losses.std())
-        high &= (self.seen >= window) & (self.sds > 0)
-        self.streak = (self.streak + high) * high
-        spike = high & (self.streak <= MOST_IN_A_ROW)
-        remembered = finite & ~spike
-        place = (self.seen % window).reshape(1)
-        self.losses.index_copy_(0, place, torch.where(remembered, loss, self.losses[place][0]).reshape(1))
-        self.seen += remembered
-        self.spikes += spike
-        return spike
+        return judge(loss, self.sds, self.losses, self.seen, self.streak, self.spikes)
 
     def state_dict(self) -> dict[str, Any]:
         return {"losses": self.losses, "seen": self.seen, "streak": self.streak, "spikes": self.spikes}
@@ -56,3 +44,21 @@ class SpikeGuard:
         self.seen.copy_(state["seen"])
         self.streak.copy_(state["streak"])
         self.spikes.copy_(state["spikes"])
+
+
+def judge(loss: Tensor, sds: float, losses: Tensor, seen: Tensor, streak: Tensor, spikes: Tensor) -> Tensor:
+    """What `SpikeGuard.judge` does to its state, [window] and 0-dim, or to that of M: [M, window] and [M]."""
+    loss, window = loss.detach().float(), losses.shape[-1]
+    finite = torch.isfinite(loss)
+    # torch takes differences to the mean: a variance from sums of squares would be rounding noise here.
+    high = finite & (loss > losses.mean(dim=-1) + sds * losses.std(dim=-1))
+    high &= (seen >= window) & (sds > 0)
+    streak.add_(high).mul_(high)
+    spike = high & (streak <= MOST_IN_A_ROW)
+    remembered = finite & ~spike
+    place = (seen % window).unsqueeze(-1)
+    kept = torch.where(remembered.unsqueeze(-1), loss.unsqueeze(-1), losses.gather(-1, place))
+    losses.scatter_(-1, place, kept)
+    seen += remembered
+    spikes += spike
+    return spike

@@ -1,6 +1,6 @@
 """One training step of one member. A step is a strategy; the one here works for all and is the truth."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -34,6 +34,12 @@ class Stepper(Protocol):
 
     def step(self, member: Member, batch: Any) -> Step: ...
 
+    def units(self, members: Sequence[Member]) -> list[list[Member]]:
+        """All members, with those together that `step_together` takes at once."""
+
+    def step_together(self, members: Sequence[Member], batches: Sequence[Any]) -> list[Step]:
+        """One step of each of a unit, on what `take` gave for it."""
+
 
 class AutogradStepper:
     """Plain autograd, torch's clipping and torch's optimizer.
@@ -49,6 +55,12 @@ class AutogradStepper:
 
     def take(self, member: Member, rows: RowBatch) -> Any:
         return member.batch(rows)
+
+    def units(self, members: Sequence[Member]) -> list[list[Member]]:
+        return [[member] for member in members]
+
+    def step_together(self, members: Sequence[Member], batches: Sequence[Any]) -> list[Step]:
+        return [self.step(member, batch) for member, batch in zip(members, batches, strict=True)]
 
     def step(self, member: Member, batch: Any) -> Step:
         sae, optimizer = member.sae, member.optimizer
@@ -70,7 +82,7 @@ class AutogradStepper:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip if clip is not None else torch.inf, norm)
         norm = torch.where(member.spikes.judge(total), torch.nan, norm)
         self._skip_when_not_finite(member, norm)
-        count_skipped(member, norm)
+        count_skipped(member.skipped, member.skipped_in_a_row, norm)
         optimizer.step()
         constrain(sae, optimizer, skipped=~torch.isfinite(norm))
         member.schedule.step()
@@ -124,8 +136,8 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=False)
 
 
-def count_skipped(member: Member, norm: Tensor) -> None:
-    """Count a step whose gradient norm (0-dim) was not finite, without waiting for the device."""
+def count_skipped(skipped: Tensor, in_a_row: Tensor, norm: Tensor) -> None:
+    """Count a step whose gradient norm was not finite, without waiting for the device; 0-dim, or [M] each."""
     bad = ~torch.isfinite(norm)
-    member.skipped += bad
-    member.skipped_in_a_row = (member.skipped_in_a_row + 1) * bad
+    skipped += bad
+    in_a_row.add_(1).mul_(bad)

@@ -178,6 +178,7 @@ class Trainer:
         due = state.step == 0  # a disk that takes no checkpoint is found out now, not in an hour
         if self._is_judged_at(state.step, steps) and state.extra.get("judged") != state.step:
             self.judge(state)  # the earlier leg was stopped before it could
+        units = self.stepper.units(state.members)
         while state.step < steps:
             if not self.saver.poll(self.ranks):
                 self.save(state)
@@ -196,7 +197,9 @@ class Trainer:
                 return
             with self.clock.phase("SAE step"):
                 step = partial(self._step, rows=rows, step=state.step)
-                done = self.side_by_side.each(step, state.members)
+                parts = self.side_by_side.each(step, units)
+                of_member = {name: one for part in parts for name, one in part.items()}
+                done = [of_member[member.name] for member in state.members]
                 state.ledger.add(rows.ids)
             state.step += 1
             state.tokens += len(rows.ids)
@@ -227,12 +230,14 @@ class Trainer:
             "with more passes (corpus.epochs or source.epochs) or corpus.allow_short=true it goes on",
         )
 
-    def _step(self, member: Member, rows: RowBatch, step: int) -> Step:
-        member.begin_step(step)
-        done = self.stepper.step(member, self.stepper.take(member, rows))
+    def _step(self, unit: list[Member], rows: RowBatch, step: int) -> dict[str, Step]:
+        for member in unit:
+            member.begin_step(step)
+        done = self.stepper.step_together(unit, [self.stepper.take(member, rows) for member in unit])
         if self.resample_every and (step + 1) % self.resample_every == 0:
-            resample_member(member, done, step)
-        return done
+            for member, own in zip(unit, done, strict=True):
+                resample_member(member, own, step)
+        return {member.name: own for member, own in zip(unit, done, strict=True)}
 
     @torch.no_grad()
     def _observe(self, state: TrainState, done: list[Step]) -> None:

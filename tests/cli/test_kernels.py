@@ -89,6 +89,7 @@ def test_what_cannot_be_fused_says_why_in_the_log_or_in_the_refusal(tiny, tmp_pa
     [
         ("kernels.backend=tritn", "did you mean triton"),
         ("kernels.stepper=fast", "auto, autograd or fused"),
+        ("kernels.together=sometimes", "auto, always or never"),
         ("kernels=tritn", "did you mean triton"),
     ],
 )
@@ -133,6 +134,23 @@ def test_saes_of_different_kinds_share_a_harvest_go_on_bit_for_bit_and_fuse_what
     assert main(["train", *tiny, f"run.dir={alone}"]) == 0
     one, other = (load_file(path / "sae.safetensors") for path in (whole / "saes/a", alone / "saes/main"))
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_saes_of_a_grid_that_share_launches_end_with_the_bits_of_those_that_take_turns(
+    tiny, tmp_path, monkeypatch
+):
+    grid, together = "grid={k: [2, 4], lr: [1e-3, 3e-3]}", "kernels.together=always"
+    apart, cut = tmp_path / "apart", tmp_path / "cut"
+    assert main(["train", *tiny, grid, f"run.dir={apart}"]) == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        assert main(["train", *tiny, grid, together, f"run.dir={cut}"]) == 75
+    assert main(["train", *tiny, grid, together, f"run.dir={cut}"]) == 0
+    assert "share launches" not in (apart / "train.log").read_text()
+    assert (cut / "train.log").read_text().count("4 SAEs share launches") == 2
+    for sae in sorted((apart / "saes").iterdir()):
+        one, other = (load_file(run / "saes" / sae.name / "sae.safetensors") for run in (apart, cut))
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), sae.name
 
 
 STATES = ["optim.moments=bfloat16", "optim.clip_norm=lagged", "optim.rows=active", "optim.beta1=0"]

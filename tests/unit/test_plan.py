@@ -14,7 +14,7 @@ from sae_train.config import Config, to_config
 from sae_train.member_set import members
 from sae_train.plan import COUNTERS_BYTES, alternatives, make, optimizer_bytes, weights_bytes
 from sae_train.plan_job import GIB, HARDWARE, Job
-from sae_train.plan_step import is_fused
+from sae_train.plan_step import held_bytes, is_fused, temporaries
 from sae_train.train.kernels import choose_stepper
 from sae_train.train.members import Member, MemberConfig
 
@@ -208,6 +208,20 @@ def test_what_would_help_is_less_than_what_is_planned():
     assert list(found.values()) == sorted(found.values())
     assert alternatives(job("source.shard_tokens=8192")) == []  # the libraries are nearly all of it
     assert found["mesh.feature=8 with 8 processes"] == make(replace(wide, processes=8, feature=8)).peak
+
+
+def test_small_saes_that_share_a_gpus_launches_have_their_temporaries_at_once():
+    keys = ["train.tokens=3_000_000", "grid={lr: [1e-3, 2e-3, 3e-3, 4e-3], seed: [0, 1]}"]
+
+    def of_steps(*more: str, d: int = D) -> int:
+        return make(job(*keys, *more, device="h100", d=d)).parts["SAEs, activations of a step"]["training"]
+
+    small = job(*keys, "sae.d_sae=4096", device="h100")
+    one = temporaries(small, small.members[0]) - held_bytes(small, small.members[0])
+    apart = of_steps("sae.d_sae=4096", "kernels.together=never")
+    assert of_steps("sae.d_sae=4096") == apart + 7 * one and one > 0
+    wide = "sae.d_sae=1048576"  # of width 512: a product of that is no small thing
+    assert of_steps(wide, d=512) == of_steps(wide, "kernels.together=never", d=512)
 
 
 def test_a_gpu_is_planned_with_its_own_memory_and_the_copy_of_a_checkpoint_beside_it():
