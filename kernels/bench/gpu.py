@@ -4,6 +4,7 @@
     python kernels/bench/gpu.py --quick             shapes A and B, one format, dense torch
     python kernels/bench/gpu.py --levels 2 3        what the budget of a first call left out
     python kernels/bench/gpu.py --curve             only the loss curve
+    python kernels/bench/gpu.py --together          only ten small SAEs, one by one and sharing launches
     python kernels/bench/gpu.py --rows rows.safetensors     recorded rows too (record_rows.py writes them)
     python kernels/bench/gpu.py --device cpu        no GPU: the same in Triton's interpreter
 
@@ -11,7 +12,7 @@ First what the device can do (copy, matrix product, gather), and last again. Bet
 one per implementation, timed in turns. Each is checked before: ours op by op with float64 at full size, with
 hostile inputs and over ten steps; it is not timed if it is off or two runs differ in a bit. What does not
 fit is reported as out of memory; what the time budget leaves no room for, as not run. Ends with the loss
-curve: ours against float32. Exits 1 if anything of ours failed.
+curve: ours against float32; and with small SAEs together. Exits 1 if anything of ours failed.
 
 Other libraries need an environment each: --peer-python sparsify=.venv-bench/sparsify/bin/python names it
 (`make bench-cpu` makes them); without it, what this Python can import is run.
@@ -36,6 +37,7 @@ from gpu_adversarial import TRIALS
 from gpu_plan import IMPLEMENTATIONS, MORE_SHAPES, SHAPES
 from gpu_rounds import Session
 
+TOGETHER_S = 60.0  # to compile the kernels once more, for a small shape
 CURVE_S = 150.0  # of a GPU's time for 2,000 steps twice
 AFTER_S = 25.0  # left for the second ceilings
 
@@ -81,6 +83,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--levels", nargs="+", type=int, choices=gpu_plan.LEVELS, default=gpu_plan.LEVELS)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--curve", action="store_true", help="the loss curve and nothing else")
+    parser.add_argument("--together", action="store_true", help="several small SAEs and nothing else")
     parser.add_argument("--curve-steps", type=int, help="default 2000, on a CPU 200; 0 leaves it out")
     parser.add_argument("--rows", type=Path, help="file with recorded rows [M, D], safetensors")
     parser.add_argument("--peer-python", nargs="+", action="extend", default=[], metavar="NAME=PATH")
@@ -170,14 +173,21 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         session = Session(job, started + a.budget_s, Path(folder), a.pythons, a.rounds, a.repeats)
         report |= {"ceilings": {}, "shapes": [], "problems": {}, "results": []}
-        if not a.curve:
+        everything = not (a.curve or a.together)
+        if everything:
             report |= measure(a, session)
-        if a.curve_steps and (a.curve or session.left() > (CURVE_S if a.device == "cuda" else 20)):
+        curve_s = CURVE_S if a.device == "cuda" else 20
+        if a.curve_steps and (a.curve or (everything and session.left() > curve_s)):
             # On a CPU our fast backend stands in for the interpreter, which would take hours.
             curve = {"backend": "cpu"} if a.device == "cpu" else {}
             report["curve"] = session.single("curve", [], 400.0, **curve)
-        elif a.curve_steps:
+        elif a.curve_steps and everything:
             report["curve"] = {"failed": "not run: the time budget; --curve runs it alone"}
+        if a.together or (everything and session.left() > TOGETHER_S):
+            small = {"repeats": 1, "saes": 2} if a.device == "cpu" else {"saes": 10}
+            report["together"] = session.single("together", [], 400.0, **{"repeats": a.repeats} | small)
+        elif everything:
+            report["together"] = {"failed": "not run: the time budget; --together runs it alone"}
     report |= {"elapsed_s": time.perf_counter() - started, "budget_s": a.budget_s, "rounds": a.rounds}
     print(gpu_table.table(report))
     if a.json:
@@ -210,7 +220,7 @@ def measure(a: argparse.Namespace, session: Session) -> dict[str, Any]:
 
 
 def failures(report: dict[str, Any]) -> list[str]:
-    """What of ours went wrong, ceilings and curve included; what did not fit or come to pass is none."""
+    """What of ours went wrong, ceilings and last jobs included; what did not fit or was not run is none."""
     excused = ("out of memory", "not run")
     found = [
         f"{r['shape']} {gpu_plan.name(r)}: {r['failed']}"
@@ -220,9 +230,10 @@ def failures(report: dict[str, Any]) -> list[str]:
     found += [
         f"ceilings {when}: {top['failed']}" for when, top in report["ceilings"].items() if "failed" in top
     ]
-    curve = report.get("curve", {})
-    if "wrong" in curve or not curve.get("failed", "not run").startswith(excused):
-        found.append(f"loss curve: {curve.get('wrong', curve.get('failed'))}")
+    for name, told in (("curve", "loss curve"), ("together", "SAEs together")):
+        part = report.get(name, {})
+        if "wrong" in part or not part.get("failed", "not run").startswith(excused):
+            found.append(f"{told}: {part.get('wrong', part.get('failed'))}")
     return found
 
 

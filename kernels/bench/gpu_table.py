@@ -61,6 +61,8 @@ def table(report: dict[str, Any]) -> str:
     lines += _states(report["results"])
     if curve := report.get("curve"):
         lines += ["", _curve(curve)]
+    if together := report.get("together"):
+        lines += ["", _together(together)]
     return "\n".join(lines)
 
 
@@ -119,6 +121,16 @@ def _curve(curve: dict[str, Any]) -> str:
         f"loss curve, {curve['steps']} steps of {curve['problem']}: held-out FVU ours {ends['ours']:.5f}, "
         f"dense float32 {ends['dense']:.5f}, {curve['off']:.3%} apart: {verdict}"
     )
+
+
+def _together(found: dict[str, Any]) -> str:
+    if "failed" in found:
+        return f"SAEs together: {found['failed']}"
+    turns, together = (
+        f"{found['ms'][way]:.3f} (host {found['host_ms'][way]:.3f})" for way in ("turns", "together")
+    )
+    verdict = found.get("wrong", f"weights agree to {found['off']:.0e}")
+    return f"{found['saes']} SAEs of {found['problem']}: {turns} in turns, {together} together: {verdict}"
 
 
 def _short(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""A process of the GPU benchmark: one case, or the ceilings, the float64 reference, or the loss curve.
+"""A process of the GPU benchmark: one case, or a job that is one answer (`special`).
 
 Started as `python gpu_worker.py JOB`; answers with a line of JSON on the pipe that it was given (packages
 print to stdout), first {"ready": ...}, then to each line on stdin:
@@ -42,7 +42,7 @@ def prepare(job: dict[str, Any]) -> Prepared:
 
 
 def special(job: dict[str, Any]) -> Answer:
-    """The jobs that are one answer: ceilings, reference, curve."""
+    """The jobs that are one answer: ceilings, reference, curve, several SAEs together."""
     impl, device, names = job["case"]["impl"], job["device"], job["case"]["shapes"]
     problems = [gpu_plan.problem(name, job["rows"]) for name in names]
     if impl == "ceilings":
@@ -50,6 +50,12 @@ def special(job: dict[str, Any]) -> Answer:
         return {"ceilings": ceilings(Clock(device), problems, device == "cpu"), "free_bytes": free}
     if impl == "curve":
         return gpu_curve.run(device, job["curve_steps"], job["backend"])
+    if impl == "together":
+        import gpu_together  # not above: other libraries' environments have no sae_train
+        from sae_kernels import use_backend
+
+        with use_backend(job["backend"]):
+            return gpu_together.run(device, job["repeats"], job["saes"])
     for p in problems:
         gpu_reference.write(p, device, job["references"][p.name])
     return {}

@@ -82,7 +82,9 @@ def test_a_dry_run_in_the_interpreter_checks_times_and_reports_every_part(tmp_pa
         assert len(result["ms"]["rounds"]) == 1 and result["ms"]["median"] > 0
         assert result["first_step"]["loss"] < 0.01 and result["first_step"]["gradient"] < 0.05
         assert {"rows", "masters", "moments", "products"} <= set(result["state"])
-    assert "ms in the interpreter" in out.stdout
+    together = report["together"]
+    assert together["saes"] == 2 and together["off"] < 0.01 and min(together["ms"].values()) > 0
+    assert "ms in the interpreter" in out.stdout and "2 SAEs of" in out.stdout
     for row in ("ours split exact auto", "dense, eager, fp32 rows", "encode", "decode", "update"):
         assert any(line.strip().startswith(row) for line in out.stdout.splitlines()), row
 
