@@ -33,6 +33,8 @@ __all__ = [
 DEVICES = ("cpu", "cuda")
 # Elements of the largest temporary: 256 MiB of float32 preactivations or of gathered weight rows.
 CHUNK_ELEMENTS = 64 << 20
+TILE_ROWS = 16
+"""Rows of a chunk are a multiple of this: of 683 rows a CPU's product of bfloat16 takes a tenth longer."""
 
 
 def supports(op: str, *tensors: Tensor) -> str | None:
@@ -70,7 +72,8 @@ def encode_in_chunks(
     values = torch.empty(len(x), k, dtype=acc, device=x.device)
     indices = torch.empty(len(x), k, dtype=torch.int32, device=x.device)
     num_chunks = max(1, -(-len(x) // max_rows))
-    rows = max(1, -(-len(x) // num_chunks))  # of equal size: a small last chunk would waste its product
+    # Nearly of equal size: a small last chunk would waste its product.
+    rows = TILE_ROWS * max(1, -(-len(x) // (num_chunks * TILE_ROWS)))
     for start in range(0, len(x), rows):
         part = slice(start, start + rows)
         top, indices[part] = codes(x[part])
