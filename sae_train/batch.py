@@ -29,6 +29,10 @@ class RowBatch(NamedTuple):
     windows: Any = None
     """The token windows that the rows are of, for what trains through the model; there are no rows then."""
 
+    def widened(self) -> "RowBatch":
+        """The same rows in float32, in which SAEs compute: cast once, for all that read them."""
+        return self._replace(rows={hook: x.float() for hook, x in self.rows.items()})
+
 
 @dataclass(frozen=True)
 class RawRows:

@@ -74,7 +74,7 @@ def alike(member: Member) -> tuple[object, ...]:
     """Equal for members that may step together: shapes, and what a step does but for k and learning rate."""
     form, group, config = _form(member), member.optimizer.param_groups[0], member.config.optim
     shapes = (form.w_enc.shape, form.scale_in.shape, form.scale_out.shape)
-    how = (form.centred, form.unit_norm, member.places.targets == (), len(member.places.inputs) > 1)
+    how = (form.centred, form.unit_norm, member.places.targets == ())
     adam = (*group["betas"], group["eps"], config.clip, config.clip_norm, config.moments, config.rows)
     return *shapes, *how, *adam
 
@@ -128,13 +128,11 @@ class FusedStepper:
             stacks = self._stacks.setdefault(tuple(member.name for member in members), Stacks())
             latents = self._stack(forms, members, stacks)
             done = self._step(forms, latents, members, batches, stacks)
-            for name in ("b_enc", "w_dec", "b_dec"):
-                states = [
-                    m.optimizer.state[getattr(form, name)] for m, form in zip(members, forms, strict=True)
-                ]
-                stacks.of(f"step of {name}", [s["step"] for s in states], _entry(states, "step")).copy_(
-                    latents.step
-                )
+            for name in ("b_enc", "w_dec", "b_dec"):  # w_enc's has been counted
+                each = zip(members, forms, strict=True)
+                states = [m.optimizer.state[getattr(form, name)] for m, form in each]
+                steps = stacks.of(f"step of {name}", [s["step"] for s in states], _entry(states, "step"))
+                steps.copy_(latents.step)
         for form, member in zip(forms, members, strict=True):
             member.schedule.step()
             self._remember(form, member)
@@ -151,19 +149,10 @@ class FusedStepper:
         stacks: Stacks,
     ) -> list[Step]:
         first, config = forms[0], members[0].config.optim
-        (n, d), dtype = batches[0].y.shape, self.autocast or torch.float32
+        n, d = batches[0].y.shape
         y, scale_out = _shared([b.y for b in batches]), _scales([form.scale_out for form in forms])
-        # With b_dec taken from the target instead of added to the output, an autoencoder's target is its
-        # input: one tensor serves as both, and rounds distances from b_dec only.
-        target = (y * scale_out - latents.b_dec.value.unsqueeze(1)).to(dtype)
-        if first.centred and batches[0].x is batches[0].y:
-            x = target
-        else:
-            centre = torch.stack([form.centre for form in forms]).unsqueeze(1)
-            x = _shared([b.x for b in batches]) * _scales([form.scale_in for form in forms])
-            x = (x - centre).to(dtype)
-        w_enc, w_dec = latents.w_enc.product(), latents.w_dec.product()
-        ks = [form.k for form in forms]
+        x, target = self._operands(forms, latents.b_dec.value, batches, y * scale_out)
+        w_enc, w_dec, ks = latents.w_enc.product(), latents.w_dec.product(), [form.k for form in forms]
         values, indices = topk_encode_many(x, w_enc, latents.b_enc.value, ks)
         d_sae = w_enc.shape[1]
         no_bias = torch.zeros_like(latents.b_dec.value[0])
@@ -190,9 +179,8 @@ class FusedStepper:
             totals = torch.stack([torch.stack([*own.values()]).sum() for own in terms])
         spikes = self._spikes(members, totals, stacks)
         kept_residuals = residual[:, 0, 0].clone()
-        residual[:, 0, 0] = torch.where(
-            spikes, torch.nan, kept_residuals
-        )  # one NaN has the whole step left out
+        # One NaN has the whole step of its SAE left out.
+        residual[:, 0, 0] = torch.where(spikes, torch.nan, kept_residuals)
         kept = [member.optimizer.state[form.w_enc] for form, member in zip(forms, members, strict=True)]
         last_norms = None
         if config.clip_norm == "lagged" and all("grad_norm" in own for own in kept):
@@ -233,6 +221,22 @@ class FusedStepper:
             )
             for m, k in enumerate(ks)
         ]
+
+    def _operands(
+        self, forms: Sequence[LinearLatents], b_dec: Tensor, batches: Sequence[Batch], scaled: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What is encoded, and what codes alone have to reconstruct; `scaled` are the targets. [M, N, D] all.
+
+        With b_dec taken from the target instead of added to the output, an autoencoder's target is its
+        input: one tensor serves as both, and rounds distances from b_dec only.
+        """
+        dtype = self.autocast or torch.float32
+        target = (scaled - b_dec.unsqueeze(1)).to(dtype)
+        if forms[0].centred and batches[0].x is batches[0].y:
+            return target, target
+        centre = torch.stack([form.centre for form in forms]).unsqueeze(1)
+        x = _shared([b.x for b in batches]) * _scales([form.scale_in for form in forms])
+        return (x - centre).to(dtype), target
 
     def _dead(
         self, form: LinearLatents, dead: Tensor, residual: Tensor, x: Tensor

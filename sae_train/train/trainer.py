@@ -196,7 +196,7 @@ class Trainer:
                 self._end_of_data(state, steps)
                 return
             with self.clock.phase("SAE step"):
-                step = partial(self._step, rows=rows, step=state.step)
+                step = partial(self._step, rows=rows.widened(), step=state.step)
                 parts = self.side_by_side.each(step, units)
                 of_member = {name: one for part in parts for name, one in part.items()}
                 done = [of_member[member.name] for member in state.members]
@@ -233,7 +233,11 @@ class Trainer:
     def _step(self, unit: list[Member], rows: RowBatch, step: int) -> dict[str, Step]:
         for member in unit:
             member.begin_step(step)
-        done = self.stepper.step_together(unit, [self.stepper.take(member, rows) for member in unit])
+        taken: dict[Places, Any] = {}
+        for member in unit:
+            if member.places not in taken:
+                taken[member.places] = self.stepper.take(member, rows)
+        done = self.stepper.step_together(unit, [taken[member.places] for member in unit])
         if self.resample_every and (step + 1) % self.resample_every == 0:
             for member, own in zip(unit, done, strict=True):
                 resample_member(member, own, step)

@@ -153,6 +153,21 @@ def test_saes_of_a_grid_that_share_launches_end_with_the_bits_of_those_that_take
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one), sae.name
 
 
+def test_rows_of_a_hook_are_cast_once_for_all_saes_that_read_it(tiny, tmp_path, monkeypatch):
+    kinds = "saes={a: {}, b: {sae: {activation: {name: jumprelu, target_l0: 4}}}}"
+    batch, seen = Member.batch, []
+
+    def noted(member: Member, rows):
+        seen.append(batch(member, rows))
+        return seen[-1]
+
+    monkeypatch.setattr(Member, "batch", noted)
+    assert main(["train", *tiny, kinds, "model.dtype=bfloat16", f"run.dir={tmp_path / 'run'}"]) == 0
+    assert len(seen) == 2 * 10 and {x.dtype for x, _ in seen} == {torch.float32}
+    places = [x.data_ptr() for x, _ in seen]  # all are held, so no two are in one place
+    assert len(set(places)) == 10 and all(x is y for x, y in seen)
+
+
 STATES = ["optim.moments=bfloat16", "optim.clip_norm=lagged", "optim.rows=active", "optim.beta1=0"]
 
 
