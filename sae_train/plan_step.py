@@ -70,8 +70,8 @@ def temporaries(job: Job, member: MemberShape) -> int:
     """Temporaries of one step, gradients left out: measured as multiples of what they are made of."""
     rows, latents = rows_at_once(job), -(-member.latents // job.feature)
     matrix, width = larger_matrix(member, job), member.d_in + member.d_out
-    # A CPU's encoder has the rounded weights in float32 again.
-    wide = matrix if job.low and not job.gpu else 0
+    # A CPU's encoder has rounded weights in float32 too, or float32 ones rounded (where it multiplies bfloat16).
+    wide = 0 if job.gpu else matrix if job.low else matrix // 2
     if is_fused(job, member):
         plain = member.optim.beyond_adam() in (None, "clip_norm")
         return wide + chunk_bytes(job, latents) + rows * 8 * width + (0 if plain else BLOCKS_BYTES)

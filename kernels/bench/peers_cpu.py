@@ -177,11 +177,11 @@ def _last_line(path: Path) -> str:
 def make_data(n: int, d: int, f: int, k: int, batches: int) -> dict[str, Tensor]:
     """Batches of rows, mean norm sqrt(D) about an offset, and the weights that everybody starts from.
 
-    The rows are sparse sums over a dictionary of F directions with Zipf frequencies, and the weights lie near
-    that dictionary: latents fire as unequally as those of a trained SAE, and keep doing so."""
+    The rows are sparse sums over a dictionary of F directions with Zipf frequencies in no order, and the
+    weights lie near it: latents fire as unequally as those of a trained SAE, and keep doing so."""
     draw = torch.Generator().manual_seed(0)
     atoms = torch.nn.functional.normalize(torch.randn(f, d, generator=draw), dim=-1)
-    often = 1 / torch.arange(1, f + 1) ** 0.8
+    often = 1 / (1 + torch.randperm(f, generator=draw)) ** 0.8
     rows = batches * n
     picks = torch.multinomial(often.expand(rows, f), k, generator=draw)
     strengths = torch.empty(rows, k).exponential_(generator=draw) + 0.5

@@ -1,9 +1,10 @@
-"""Exact top-k from a product that is rounded to bfloat16, on CPUs that multiply bfloat16 themselves.
+"""Exact top-k by a product of bfloat16, on CPUs that multiply bfloat16 themselves.
 
-torch's bfloat16 product on a CPU sums in float32 but gives bfloat16, so which latents are the largest, and
-how large, is known to eight bits. Here it only proposes: some more than k latents of each row are multiplied
-again in float32, and their k largest stand if rounding cannot have hidden a larger one among those left out.
-Rows where it can have are encoded again in float32, and counted.
+torch's bfloat16 product on a CPU sums in float32 but gives bfloat16, and float32 operands have to be rounded
+to it first: which latents are the largest, and how large, is then known to some bits. Here it only proposes.
+How far a pre-activation can be from its guess is known, row by row; whatever could be among the k largest is
+multiplied again in float32, and the k largest of that are those of all. Rows where it could be too many, as
+where all are equal, are encoded in float32 from the start, and counted.
 """
 
 from collections.abc import Callable
@@ -12,12 +13,13 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-SPARE = 16
-"""Latents of a row that are looked at besides k. Of 4,608 normal pre-activations the 48th is 6 % below the
-32nd, of a million the 80th 1.4 % below the 64th; rounding is half a percent."""
+from sae_kernels.cpu_candidates import BLOCK, at_most_kth, best, maxima_of_blocks, not_below
+
 ROUNDING = 1.01 * 2.0**-8
-"""Twice what rounding to the nearest bfloat16 changes at most, as a share, and a little for what one rounding
-makes of the other: a library may round the product, and once more what it is with its bias."""
+"""What rounding to the nearest bfloat16 changes at most, twice, as a share: a library may round the product,
+and once more what it is with its bias."""
+OPERAND = 2.0**-9
+"""What rounding an operand to bfloat16 changes at most, as a share of it."""
 EPS = 2.0**-24
 TINY = torch.finfo(torch.float32).tiny
 """The instructions take numbers below this, and give them, as 0."""
@@ -40,7 +42,12 @@ def fallback_rows() -> dict[torch.device, Tensor]:
 
 def pays(k: int, d_sae: int) -> bool:
     """Whether this is faster than a product in float32."""
-    return k + SPARE < d_sae and AGAIN * (k + SPARE) <= d_sae
+    return d_sae % BLOCK == 0 and k * BLOCK <= d_sae and AGAIN * (k + 16) <= d_sae
+
+
+def most(k: int, d_sae: int) -> int:
+    """Latents of a row that are looked at again, at most."""
+    return max(3 * k + 32, d_sae // 64)
 
 
 def encoder(
@@ -48,39 +55,53 @@ def encoder(
     b: Tensor,
     k: int,
     top_k: Callable[[Tensor, int], tuple[Tensor, Tensor]],
-    gather_dot: Callable[[Tensor, Tensor, Tensor], Tensor],
+    gather_dot: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
 ) -> Codes:
-    """The k largest pre-activations of rows, by products of bfloat16 operands [F, D], summed in float32.
+    """The k largest pre-activations of rows, as float32 products and sums have them.
 
     Args:
-        w: [F, D] bfloat16. b: [F].
+        w: [F, D] bfloat16 or float32. b: [F].
         k: one that `pays`.
-        top_k: (pre-activations [n, F] of any dtype, count) -> values of it and int64 indices, [n, count].
-        gather_dot: (rows [n, D], indices [n, K], weight [F, D]) -> [n, K].
+        top_k: (pre-activations [n, F], count) -> values and int64 indices, [n, count].
+        gather_dot: (rows [n, D], indices [M], weight [F, D], offsets [n + 1]) -> [M].
     """
     global _used
     _used = True
-    wide, b = w.float(), b.float()
-    longest, lift, low = torch.linalg.vector_norm(wide, dim=1).amax(), b.abs().amax(), b.to(w.dtype)
+    d_sae, d = w.shape
+    guessing, exact, b = w.bfloat16(), w.float(), b.float()
+    low, lift = b.bfloat16(), b.abs().amax()
+    longest = torch.linalg.vector_norm(exact, dim=1).amax()
+    memory = torch.empty(0, dtype=torch.bfloat16)
 
     def whole(rows: Tensor) -> tuple[Tensor, Tensor]:
-        return top_k(torch.mm(rows.float(), wide.t()).add_(b), k)
+        return top_k(torch.mm(rows, exact.t()).add_(b), k)
+
+    def off(rows: Tensor) -> Tensor:
+        """[n, 1]: how far off a guess is at most, besides `ROUNDING` of itself."""
+        size = torch.linalg.vector_norm(rows.float(), dim=1, keepdim=True)
+        operands = sum(OPERAND for operand in (rows, w) if operand.dtype != torch.bfloat16)
+        sums = 2 * (d + 2) * (EPS * (size * longest + lift) + TINY * (1 + size + longest))
+        return 1.01 * operands * size * longest + sums + ROUNDING * lift
 
     def codes(rows: Tensor) -> tuple[Tensor, Tensor]:
-        guess, places = top_k(torch.addmm(low, rows, w.t()), k + SPARE)
-        found = gather_dot(rows, places.int(), wide) + b[places]
-        values, chosen = found.topk(k, dim=-1, sorted=False)
-        indices = places.gather(1, chosen)
-        # Whatever was left out is at most `least` as guessed, from a rounded bias, and rounded again.
-        least = guess.amin(dim=1).float()
-        terms, size = rows.shape[1] + 2, torch.linalg.vector_norm(rows.float(), dim=1)
-        summing = 2 * terms * (EPS * (size * longest + lift) + TINY * (1 + size + longest))
-        hidden = least + ROUNDING * (least.abs() + lift) + summing
-        failed = (values.amin(dim=1) > hidden).logical_not_().nonzero().squeeze(1)  # NaN is among them
-        if len(failed):
+        nonlocal memory
+        if len(memory) < len(rows):
+            memory = torch.empty(len(rows), d_sae, dtype=torch.bfloat16)
+        guess = torch.addmm(low, rows.bfloat16(), guessing.t(), out=memory[: len(rows)])
+        maxima = maxima_of_blocks(guess)
+        kth = at_most_kth(maxima, k).float()
+        # k pre-activations are not below kth - off - ROUNDING * |kth|. A guess as far below that again
+        # belongs to none so large. 1.02: it may itself be of a larger size than kth.
+        least = kth - 1.02 * 2 * (off(rows) + ROUNDING * kth.abs())
+        places, counts, crowded = not_below(guess, maxima, least, most(k, d_sae))
+        latents, rows = (places % d_sae).int(), rows.float()
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        found = gather_dot(rows, latents, exact, offsets) + b.index_select(0, latents)
+        values, indices = best(found, latents.long(), counts, k, most(k, d_sae))
+        if len(crowded):
             with _counting:
-                _again.add_(len(failed))
-            values[failed], indices[failed] = whole(rows[failed])
+                _again.add_(len(crowded))
+            values[crowded], indices[crowded] = whole(rows[crowded])
         return values, indices
 
     return codes
