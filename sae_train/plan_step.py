@@ -70,7 +70,7 @@ def temporaries(job: Job, member: MemberShape) -> int:
     """Temporaries of one step, gradients left out: measured as multiples of what they are made of."""
     rows, latents = rows_at_once(job), -(-member.latents // job.feature)
     matrix, width = larger_matrix(member, job), member.d_in + member.d_out
-    # A CPU's encoder has rounded weights in float32 too, or float32 ones rounded (where it multiplies bfloat16).
+    # A CPU's encoder has rounded weights in float32 too, and float32 ones rounded if it multiplies bfloat16.
     wide = 0 if job.gpu else matrix if job.low else matrix // 2
     if is_fused(job, member):
         plain = member.optim.beyond_adam() in (None, "clip_norm")

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from sae_kernels.cpu_candidates import BLOCK, at_most_kth, best, maxima_of_blocks, not_below
 
-ROUNDING = 1.01 * 2.0**-8
+ROUNDING = 2.02 * 2.0**-8
 """What rounding to the nearest bfloat16 changes at most, twice, as a share: a library may round the product,
 and once more what it is with its bias."""
-OPERAND = 2.0**-9
-"""What rounding an operand to bfloat16 changes at most, as a share of it."""
 EPS = 2.0**-24
 TINY = torch.finfo(torch.float32).tiny
 """The instructions take numbers below this, and give them, as 0."""
+CACHED = 1 << 18
+"""Elements that a core keeps near."""
 AGAIN = 48
 """What a latent costs that is looked at again, in latents of the product: of 4,608 it pays up to k 80."""
 
@@ -42,12 +42,25 @@ def fallback_rows() -> dict[torch.device, Tensor]:
 
 def pays(k: int, d_sae: int) -> bool:
     """Whether this is faster than a product in float32."""
-    return d_sae % BLOCK == 0 and k * BLOCK <= d_sae and AGAIN * (k + 16) <= d_sae
+    return d_sae % BLOCK == 0 and AGAIN * (k + 16) <= d_sae
 
 
 def most(k: int, d_sae: int) -> int:
     """Latents of a row that are looked at again, at most."""
     return max(3 * k + 32, d_sae // 64)
+
+
+def _rounded(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """w [F, D] in bfloat16; the largest norm of its rows, and of what rounding took from a row."""
+    low = torch.empty_like(w, dtype=torch.bfloat16)
+    norms = torch.empty(2, len(w))
+    for start in range(0, len(w), rows := max(1, CACHED // w.shape[1])):  # what is read again is still there
+        part = slice(start, start + rows)
+        low[part] = w[part]
+        torch.linalg.vector_norm(w[part], dim=1, out=norms[0, part])
+        torch.linalg.vector_norm(w[part] - low[part], dim=1, out=norms[1, part])
+    longest, most = norms.amax(dim=1)
+    return low, longest, most
 
 
 def encoder(
@@ -68,33 +81,35 @@ def encoder(
     global _used
     _used = True
     d_sae, d = w.shape
-    guessing, exact, b = w.bfloat16(), w.float(), b.float()
+    exact, b = w.float(), b.float()
+    guessing, longest, rounded = _rounded(exact)
     low, lift = b.bfloat16(), b.abs().amax()
-    longest = torch.linalg.vector_norm(exact, dim=1).amax()
     memory = torch.empty(0, dtype=torch.bfloat16)
 
     def whole(rows: Tensor) -> tuple[Tensor, Tensor]:
         return top_k(torch.mm(rows, exact.t()).add_(b), k)
 
-    def off(rows: Tensor) -> Tensor:
+    def off(rows: Tensor, guessed: Tensor) -> Tensor:
         """[n, 1]: how far off a guess is at most, besides `ROUNDING` of itself."""
-        size = torch.linalg.vector_norm(rows.float(), dim=1, keepdim=True)
-        operands = sum(OPERAND for operand in (rows, w) if operand.dtype != torch.bfloat16)
+        size = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        lost = torch.linalg.vector_norm(rows - guessed, dim=1, keepdim=True)
+        operands = lost * longest + (size + lost) * rounded
         sums = 2 * (d + 2) * (EPS * (size * longest + lift) + TINY * (1 + size + longest))
-        return 1.01 * operands * size * longest + sums + ROUNDING * lift
+        return 1.01 * operands + sums + ROUNDING * lift
 
     def codes(rows: Tensor) -> tuple[Tensor, Tensor]:
         nonlocal memory
         if len(memory) < len(rows):
             memory = torch.empty(len(rows), d_sae, dtype=torch.bfloat16)
-        guess = torch.addmm(low, rows.bfloat16(), guessing.t(), out=memory[: len(rows)])
+        guessed, rows = rows.bfloat16(), rows.float()
+        guess = torch.addmm(low, guessed, guessing.t(), out=memory[: len(rows)])
         maxima = maxima_of_blocks(guess)
         kth = at_most_kth(maxima, k).float()
         # k pre-activations are not below kth - off - ROUNDING * |kth|. A guess as far below that again
         # belongs to none so large. 1.02: it may itself be of a larger size than kth.
-        least = kth - 1.02 * 2 * (off(rows) + ROUNDING * kth.abs())
+        least = kth - 1.02 * 2 * (off(rows, guessed) + ROUNDING * kth.abs())
         places, counts, crowded = not_below(guess, maxima, least, most(k, d_sae))
-        latents, rows = (places % d_sae).int(), rows.float()
+        latents = (places % d_sae).int()
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         found = gather_dot(rows, latents, exact, offsets) + b.index_select(0, latents)
         values, indices = best(found, latents.long(), counts, k, most(k, d_sae))

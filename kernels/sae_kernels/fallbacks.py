@@ -1,8 +1,8 @@
 """How often a fast encoder guessed wrong and did its work again: exact all the same, but slower.
 
-Triton's encoders guess a threshold, verify what they have, and encode again where it may not suffice. The CPU's
-by bfloat16 looks again at what rounding leaves open, and encodes rows again where that is too much. Both are
-made a matter of few rows. Data that is far from what was assumed shows here.
+Triton's encoders guess a threshold, verify what they have, and encode again where it may not suffice. The
+CPU's by bfloat16 looks again at what rounding leaves open, and encodes rows again where that is too much.
+Both are made a matter of few rows. Data that is far from what was assumed shows here.
 The counters are on the devices; asking for them does not import Triton.
 """
 

@@ -77,7 +77,7 @@ def test_a_bias_hides_nothing():
     """The best has a product of 1001.9 and a bias of -998: guessed as 2, it lies below 30 others."""
     f, k = 64, 2
     x = torch.tensor([[1000.0, 1.0]]).bfloat16()
-    w, b = torch.zeros(f, 2), torch.full((f,), -5.0)
+    w, b = torch.zeros(f, 2), torch.full((f,), -500.0)
     w[:30, 1], b[:30] = 3 + torch.arange(30) / 64, 0
     w[50], b[50] = torch.tensor([1.0, 1.9375]), -998
     w = w.bfloat16()
@@ -89,16 +89,46 @@ def test_a_bias_hides_nothing():
 
 @pytest.mark.parametrize("which", ["row", "weight"])
 def test_what_rounding_an_operand_hides_is_found(which):
-    """The best is a difference of terms that are equal once rounded: guessed as 0, where others are 0.1."""
+    """Rounding takes all of the best, which is guessed as 0; others, which it leaves alone, are 0.99 of it.
+
+    The operand that is rounded is 1 and its neighbours, half of them rounded up and half down, and the other
+    is 1 and -1 in these halves: no operands of their norms lose more."""
+    f, d, lost = 64, 32, 0.999 * 2.0**-8
+    signs = torch.ones(d)
+    signs[d // 2 :] = -1
+    near = 1 + signs * lost
+    near[d // 2 :] = 1 - 0.999 * 2.0**-9  # below 1 there are twice as many numbers
+    true = float(near @ signs)
+    assert float(near.bfloat16().float() @ signs) == 0 and true > 0.7 * lost * d
+    others = torch.full((f,), -1.0)  # few are in question
+    others[:10] = 0.99 * true
+    x, best = (near, signs) if which == "row" else (signs, near)
+    x = torch.cat([x, torch.ones(1)]).unsqueeze(0)
+    w = torch.zeros(f, d + 1)
+    w[:, d], w[41] = others, torch.cat([best, torch.zeros(1)])
+    _, indices, again = encoded(x, w, torch.zeros(f), 1)
+    assert (indices.item(), again) == (41, 0)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_library_may_round_twice(bias, monkeypatch):
+    """The product, and then its sum with the bias: the best is guessed 4 below another one."""
     f = 64
-    just = 1 + 2.0**-9 - 2.0**-12
-    row, weight, low = [just, 1.0, 1.0], [100.0, -100.0, 0.0], [0.0, 0.0, -9.0]
-    if which == "weight":
-        row, weight, low = [100.0, -100.0, 1.0], [just, 1.0, 0.0], [-0.5, 0.5, 0.0]
-    row, weight, w = torch.tensor(row), torch.tensor(weight), torch.tensor(low).repeat(f, 1)
-    w[:10], w[41] = torch.tensor([0.0, 0.0, 0.1]), weight
-    assert float(row.bfloat16() @ weight.bfloat16()) == 0 and float(row @ weight) > 0.17
-    _, indices, again = encoded(row.unsqueeze(0), w, torch.zeros(f), 1)
+    best, other = ((513.9, -512.0), (514.1, -513.9)) if bias else ((513.9, 1.875), (514.1, 0.0))
+    assert sum(best) > sum(other)
+    w, b = torch.zeros(f, 2), torch.full((f,), -600.0 if bias else -1.0)
+    for latent, (product, own) in ((41, best), (17, other)):
+        high = torch.tensor(product).bfloat16().float() - 4  # representable; what remains is too
+        w[latent], b[latent] = torch.tensor([high, product - high]), own
+    x = torch.ones(1, 2)
+
+    def twice(low: Tensor, rows: Tensor, w_t: Tensor, out: Tensor) -> Tensor:
+        return out.copy_(rows.float().mm(w_t.float()).bfloat16() + low)
+
+    monkeypatch.setattr(torch, "addmm", twice)
+    guess = twice(b.bfloat16(), x.bfloat16(), w.bfloat16().T, torch.empty(1, f).bfloat16())
+    assert float(guess[0, 17] - guess[0, 41]) == 4
+    _, indices, again = encoded(x.bfloat16(), w.bfloat16(), b, 1)
     assert (indices.item(), again) == (41, 0)
 
 
@@ -108,11 +138,11 @@ def test_awkward_rows_are_encoded_as_by_the_float32_product(what, dtype, monkeyp
     n, f, d, k = 12, 120, 24, 6
     x, w, b = operands(n, f, d, dtype=dtype)
     if what == "zero":
-        x[3], b = 0, torch.zeros(f)
+        x[3], x[-1], b = 0, 0, torch.zeros(f)
     elif what == "equal":
         w, b = w[:1].expand(f, d).contiguous(), torch.zeros(f)
     elif what == "negative":
-        b = b - 1000
+        b = b - 40
     elif what == "nan weight":
         w[7, 2] = torch.nan
     elif what == "huge":
@@ -124,6 +154,8 @@ def test_awkward_rows_are_encoded_as_by_the_float32_product(what, dtype, monkeyp
     plain, places = cpu.topk_encode(x, w, b, k)
     assert torch.allclose(values.sort(dim=1).values, plain.sort(dim=1).values, rtol=1e-5, equal_nan=True)
     assert all(len(set(row.tolist())) == k for row in indices)
+    if what == "negative":
+        assert torch.equal(indices, places.sort(dim=1).values)
     assert again >= (0 if what == "negative" else n if what in ("equal", "nan weight") else 1)
     if what in ("zero", "nan", "inf"):  # that row is encoded by the same product, the others are as they were
         order = places[3].sort().indices
@@ -172,9 +204,6 @@ def test_products_too_small_for_the_instructions_are_encoded_again(size):
 
 def test_it_is_taken_where_it_is_faster(monkeypatch):
     monkeypatch.setattr(cpu_bf16, "AGAIN", 48)
-    assert [cpu_bf16.pays(k, f) for k, f in ((32, 4608), (128, 4608), (64, 16384), (4, 48))] == [
-        True,
-        False,
-        True,
-        False,
-    ]
+    fast = {(32, 4608): True, (80, 4608): True, (81, 4608): False, (64, 16384): True, (4, 48): False}
+    fast |= {(32, 4611): False}  # blocks of 8 latents
+    assert {(k, f): cpu_bf16.pays(k, f) for k, f in fast} == fast
