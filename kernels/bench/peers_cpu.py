@@ -284,6 +284,8 @@ def main() -> None:
     a = parser.parse_args()
 
     chosen = [e for e in ENTRIES if a.only is None or e.label.lower() in map(str.lower, a.only)]
+    if unknown := {name.lower() for name in a.only or ()} - {e.label.lower() for e in ENTRIES}:
+        parser.error(f"--only {min(unknown)!r}: expected among {', '.join(repr(e.label) for e in ENTRIES)}")
     data = make_data(a.n, a.d, a.f, a.k, a.batches)
     want = float64_loss(data, a.k)
     machine = f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {a.threads} threads"

@@ -142,11 +142,14 @@ def latent_step_with(
     grads = (d_w_enc, d_b_enc, d_w_dec, d_b_dec)
     if is_plain(latents):
         _fused_adam(latents, grads, adam, keep, factor)
+        if unit_norm:
+            _renormalise(latents.w_dec, keep)
+        for weight in (latents.w_enc, latents.b_enc, latents.w_dec, latents.b_dec):
+            if weight.low is not None:
+                weight.low.copy_(weight.value)
     else:
         latents.step += keep
         _adam_in_blocks(latents, grads, adam, keep, factor, unit_norm, active)
-    if unit_norm and is_plain(latents):
-        _renormalise(latents.w_dec, keep)
     if counters is not None:
         count(values, indices, counters)
     return norm
@@ -211,9 +214,6 @@ def _fused_adam(
         maximize=False,
     )
     latents.step.copy_(steps[0])
-    for weight in weights:
-        if weight.low is not None:
-            weight.low.copy_(weight.value)
 
 
 def _renormalise(weight: Weight, keep: Tensor) -> None:
@@ -221,8 +221,6 @@ def _renormalise(weight: Weight, keep: Tensor) -> None:
         rows = rows_of(weight, part)
         norm = torch.linalg.vector_norm(rows.value, dim=1, keepdim=True).clamp_min_(TINY)
         rows.value.div_(torch.where(keep, norm, 1.0))
-        if rows.low is not None:
-            rows.low.copy_(rows.value)
 
 
 def _adam_in_blocks(

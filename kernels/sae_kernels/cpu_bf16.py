@@ -21,6 +21,7 @@ and once more what it is with its bias."""
 EPS = 2.0**-24
 TINY = torch.finfo(torch.float32).tiny
 """The instructions take numbers below this, and give them, as 0."""
+PAIR = (torch.float32, torch.bfloat16)
 CACHED = 1 << 18
 """Elements that a core keeps near."""
 AGAIN = 48
@@ -50,17 +51,20 @@ def most(k: int, d_sae: int) -> int:
     return max(3 * k + 32, d_sae // 64)
 
 
-def _rounded(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """w [F, D] in bfloat16; the largest norm of its rows, and of what rounding took from a row."""
-    low = torch.empty_like(w, dtype=torch.bfloat16)
-    norms = torch.empty(2, len(w))
+def _both(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """w [F, D] in float32 and in bfloat16; the largest norm of a row, and of what rounding took from one."""
+    exact, low = (w if w.dtype == dtype else torch.empty_like(w, dtype=dtype) for dtype in PAIR)
+    norms = torch.zeros(2, len(w))
     for start in range(0, len(w), rows := max(1, CACHED // w.shape[1])):  # what is read again is still there
         part = slice(start, start + rows)
-        low[part] = w[part]
-        torch.linalg.vector_norm(w[part], dim=1, out=norms[0, part])
-        torch.linalg.vector_norm(w[part] - low[part], dim=1, out=norms[1, part])
+        if exact is not w:
+            exact[part] = w[part]
+        torch.linalg.vector_norm(exact[part], dim=1, out=norms[0, part])
+        if low is not w:
+            low[part] = exact[part]
+            torch.linalg.vector_norm(exact[part] - low[part], dim=1, out=norms[1, part])
     longest, most = norms.amax(dim=1)
-    return low, longest, most
+    return exact, low, longest, most
 
 
 def encoder(
@@ -81,8 +85,8 @@ def encoder(
     global _used
     _used = True
     d_sae, d = w.shape
-    exact, b = w.float(), b.float()
-    guessing, longest, rounded = _rounded(exact)
+    exact, guessing, longest, rounded = _both(w)
+    b = b.float()
     low, lift = b.bfloat16(), b.abs().amax()
     memory = torch.empty(0, dtype=torch.bfloat16)
 
