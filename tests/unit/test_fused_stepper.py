@@ -149,6 +149,9 @@ def test_fused_steps_equal_those_of_autograd(options):
     for a, b in zip(one.sae.parameters(), two.sae.parameters(), strict=True):
         assert one.optimizer.state[a]["step"] == two.optimizer.state[b]["step"] == STEPS
     assert one.schedule.state_dict() == two.schedule.state_dict()
+    # What a spike is judged by is all of the loss.
+    assert torch.allclose(one.spikes.losses, two.spikes.losses, rtol=10 * DRIFT)
+    assert float(got[-1].losses.terms["auxk"]) > 100 * DRIFT * float(got[-1].losses.terms["mse"])
 
 
 @pytest.mark.parametrize("kind", HOOKS)
