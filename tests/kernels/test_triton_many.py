@@ -7,6 +7,7 @@ Only a step that is clipped to its own norm may differ, by the order of one sum 
 
 from collections import Counter
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -295,5 +296,11 @@ def test_what_does_not_fit_is_refused(triton_device):
         latent_step_many(*batch.values(), one, adams, 0.5)
     with pytest.raises(ValueError, match=r"clip_norm is .* \(2,\): expected \[3\]"):
         latent_step_many(*batch.values(), many, adams, 0.5, clip=1.0, clip_norms=torch.ones(2))
+    wrong = DeadGrads(torch.tensor([1, 2], device=triton_device), *(torch.zeros(3, 3),) * 3)
+    with pytest.raises(ValueError, match="dead"):
+        latent_step_many(*batch.values(), many, adams, 0.5, dead=[None, wrong, None])
+    none = [tensor[:0] for tensor in batch.values()]
+    with pytest.raises(ValueError, match="of one SAE or more: expected the same number of each"):
+        latent_step_many(*none, replace(many, w_dec=replace(many.w_dec, value=many.w_dec.value[:0])), [], 0.5)
     for name, tensor in tensors(many):
         assert torch.equal(tensor, dict(tensors(stack(ones)))[name]), name

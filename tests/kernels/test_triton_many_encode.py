@@ -169,3 +169,5 @@ def test_what_does_not_fit_is_refused(triton_device):
         topk_encode_many(x, w, b, [1, 2, 9])
     with pytest.raises(ValueError, match="3 SAEs have 3221225472 rows or latents"):
         topk_encode_many(x[:, :1].expand(-1, 2**30, -1), w, b, [1, 2, 3])
+    with pytest.raises(ValueError, match="3 SAEs have 3221225472 rows or latents"):
+        topk_encode_many(x, w[:, :1].expand(-1, 2**30, -1), b[:, :1].expand(-1, 2**30), [1, 2, 3])
