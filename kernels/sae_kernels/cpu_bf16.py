@@ -30,7 +30,7 @@ AGAIN = 48
 Codes = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Rows [n, D] -> values and indices [n, k] of their k largest pre-activations, in any order."""
 
-_again = torch.zeros((), dtype=torch.int64)
+_again = 0
 _used = False
 _counting = Lock()
 """Several threads may encode at a time."""
@@ -38,7 +38,7 @@ _counting = Lock()
 
 def fallback_rows() -> dict[torch.device, Tensor]:
     """Rows encoded again since the process began; empty before the first call of `encoder`."""
-    return {_again.device: _again} if _used else {}
+    return {torch.device("cpu"): torch.tensor(_again)} if _used else {}
 
 
 def pays(k: int, d_sae: int) -> bool:
@@ -54,8 +54,10 @@ def most(k: int, d_sae: int) -> int:
 def _both(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """w [F, D] in float32 and in bfloat16; the largest norm of a row, and of what rounding took from one."""
     exact, low = (w if w.dtype == dtype else torch.empty_like(w, dtype=dtype) for dtype in PAIR)
-    norms = torch.zeros(2, len(w))
-    for start in range(0, len(w), rows := max(1, CACHED // w.shape[1])):  # what is read again is still there
+    norms = torch.zeros(2, len(w), dtype=torch.float32)
+    for start in range(
+        0, len(w), rows := max(1, CACHED // max(1, w.shape[1]))
+    ):  # what is read again is still there
         part = slice(start, start + rows)
         if exact is not w:
             exact[part] = w[part]
@@ -63,8 +65,13 @@ def _both(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if low is not w:
             low[part] = exact[part]
             torch.linalg.vector_norm(exact[part] - low[part], dim=1, out=norms[1, part])
-    longest, most = norms.amax(dim=1)
+    longest, most = norms.amax(dim=1) + _floor(w.shape[1])
     return exact, low, longest, most
+
+
+def _floor(d: int) -> float:
+    """What a norm of d elements can lack at most because squares are too small for float32."""
+    return d**0.5 * 2.0**-60
 
 
 def encoder(
@@ -87,21 +94,25 @@ def encoder(
     d_sae, d = w.shape
     exact, guessing, longest, rounded = _both(w)
     b = b.float()
-    low, lift = b.bfloat16(), b.abs().amax()
+    low, highest, lift = b.bfloat16(), b.amax(), b.abs().amax()
     memory = torch.empty(0, dtype=torch.bfloat16)
 
     def whole(rows: Tensor) -> tuple[Tensor, Tensor]:
         return top_k(torch.mm(rows, exact.t()).add_(b), k)
 
-    def off(rows: Tensor, guessed: Tensor) -> Tensor:
-        """[n, 1]: how far off a guess is at most, besides `ROUNDING` of itself."""
-        size = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-        lost = torch.linalg.vector_norm(rows - guessed, dim=1, keepdim=True)
+    def off(rows: Tensor, guessed: Tensor, kth: Tensor) -> Tensor:
+        """[n, 1]: how far off a guess is at most, besides `ROUNDING` of itself, where it can matter."""
+        size = torch.linalg.vector_norm(rows, dim=1, keepdim=True) + _floor(d)
+        lost = torch.linalg.vector_norm(rows - guessed, dim=1, keepdim=True) + _floor(d)
+        products = size * longest
+        # No product lifts a latent with a bias that is further below zero to where k others are.
+        bias = torch.minimum(lift, torch.maximum(highest, 1.1 * (products + kth.abs())))
         operands = lost * longest + (size + lost) * rounded
-        sums = 2 * (d + 2) * (EPS * (size * longest + lift) + TINY * (1 + size + longest))
-        return 1.01 * operands + sums + ROUNDING * lift
+        sums = 2 * (d + 2) * (EPS * (products + bias) + TINY * (1 + size + longest))
+        return 1.01 * operands + sums + ROUNDING * bias
 
     def codes(rows: Tensor) -> tuple[Tensor, Tensor]:
+        global _again
         nonlocal memory
         if len(memory) < len(rows):
             memory = torch.empty(len(rows), d_sae, dtype=torch.bfloat16)
@@ -111,7 +122,7 @@ def encoder(
         kth = at_most_kth(maxima, k).float()
         # k pre-activations are not below kth - off - ROUNDING * |kth|. A guess as far below that again
         # belongs to none so large. 1.02: it may itself be of a larger size than kth.
-        least = kth - 1.02 * 2 * (off(rows, guessed) + ROUNDING * kth.abs())
+        least = kth - 1.02 * 2 * (off(rows, guessed, kth) + ROUNDING * kth.abs())
         places, counts, crowded = not_below(guess, maxima, least, most(k, d_sae))
         latents = (places % d_sae).int()
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
@@ -119,7 +130,7 @@ def encoder(
         values, indices = best(found, latents.long(), counts, k, most(k, d_sae))
         if len(crowded):
             with _counting:
-                _again.add_(len(crowded))
+                _again += len(crowded)
             values[crowded], indices[crowded] = whole(rows[crowded])
         return values, indices
 

@@ -45,6 +45,16 @@ def test_a_loss_that_stays_up_costs_three_steps_and_no_more():
     assert judged(steady(30) + steady(60, level=2.0)) == list(range(30, 30 + MOST_IN_A_ROW))
 
 
+def test_spikes_in_a_row_are_counted_anew_after_a_loss_that_is_none():
+    losses = steady(60)
+    high = [20, 21, 23, 24, 40, 41, 42, 43]
+    for place in high:
+        losses[place] = 5.0
+    guard = SpikeGuard(6.0, 16, CPU)
+    assert [i for i, loss in enumerate(losses) if bool(guard.judge(torch.tensor(loss)))] == high[:-1]
+    assert int(guard.spikes) == len(high) - 1
+
+
 def test_a_loss_that_falls_or_is_not_finite_is_no_spike_and_is_not_remembered():
     guard = SpikeGuard(6.0, 4, CPU)
     for loss in (4.0, 3.0, 2.0, 1.0, float("nan"), float("inf"), 0.5):
