@@ -47,8 +47,8 @@ def chunk_bytes(job: Job, latents: int) -> int:
 
 
 def low_copies(job: Job, member: MemberShape) -> int:
-    """Bytes of the weight matrices in bfloat16, where products are."""
-    return matrices(member, job) // 2 if job.low else 0
+    """Bytes of the weight matrices in bfloat16, where products are; fused steps on a CPU do without."""
+    return 0 if not job.low or (is_fused(job, member) and not job.gpu) else matrices(member, job) // 2
 
 
 def slots_of(member: MemberShape, latents: int) -> int | None:
@@ -70,8 +70,8 @@ def temporaries(job: Job, member: MemberShape) -> int:
     """Temporaries of one step, gradients left out: measured as multiples of what they are made of."""
     rows, latents = rows_at_once(job), -(-member.latents // job.feature)
     matrix, width = larger_matrix(member, job), member.d_in + member.d_out
-    # A CPU's encoder has rounded weights in float32 too, and float32 ones rounded if it multiplies bfloat16.
-    wide = 0 if job.gpu else matrix if job.low else matrix // 2
+    # A CPU's encoder has float32 weights in bfloat16 too, if it multiplies that; bfloat16 ones in float32.
+    wide = 0 if job.gpu else matrix if job.low and not is_fused(job, member) else matrix // 2
     if is_fused(job, member):
         plain = member.optim.beyond_adam() in (None, "clip_norm")
         return wide + chunk_bytes(job, latents) + rows * 8 * width + (0 if plain else BLOCKS_BYTES)

@@ -55,9 +55,8 @@ def _both(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """w [F, D] in float32 and in bfloat16; the largest norm of a row, and of what rounding took from one."""
     exact, low = (w if w.dtype == dtype else torch.empty_like(w, dtype=dtype) for dtype in PAIR)
     norms = torch.zeros(2, len(w), dtype=torch.float32)
-    for start in range(
-        0, len(w), rows := max(1, CACHED // max(1, w.shape[1]))
-    ):  # what is read again is still there
+    rows = max(1, CACHED // max(1, w.shape[1]))  # what is read again is still in the cache
+    for start in range(0, len(w), rows):
         part = slice(start, start + rows)
         if exact is not w:
             exact[part] = w[part]

@@ -94,15 +94,21 @@ class FusedStepper:
         autocast: bfloat16 keeps copies of both weight matrices in it, and rows and residuals too;
             None computes everything in float32. Masters are float32 either way.
         at_once: most members that step together.
+        only_dead: under autocast are only products of dead latents; there are no copies. They cost a CPU
+            more than they gain: its sparse ops compute in float32, and its encoder multiplies bfloat16 by
+            itself where that is faster.
 
     Raises:
         ValueError: another dtype.
     """
 
-    def __init__(self, autocast: torch.dtype | None = None, at_once: int = 1) -> None:
+    def __init__(
+        self, autocast: torch.dtype | None = None, at_once: int = 1, only_dead: bool = False
+    ) -> None:
         if autocast not in (None, torch.bfloat16):
             raise ValueError(f"autocast is {autocast}: expected None or torch.bfloat16")
         self.autocast, self.at_once = autocast, at_once
+        self.low = None if only_dead else autocast
         self._low: WeakKeyDictionary[Member, dict[str, _LowCopy]] = WeakKeyDictionary()
         self._stacks: dict[tuple[str, ...], Stacks] = {}
 
@@ -230,7 +236,7 @@ class FusedStepper:
         With b_dec taken from the target instead of added to the output, an autoencoder's target is its
         input: one tensor serves as both, and rounds distances from b_dec only.
         """
-        dtype = self.autocast or torch.float32
+        dtype = self.low or torch.float32
         target = (scaled - b_dec.unsqueeze(1)).to(dtype)
         if forms[0].centred and batches[0].x is batches[0].y:
             return target, target
@@ -320,13 +326,13 @@ class FusedStepper:
 
         latent_step keeps the copies up to date itself, and `_remember` notes how things stand after it.
         """
-        if self.autocast is None:
+        if self.low is None:
             return {}
         copies = self._low.setdefault(member, {})
         for name, parameter in _matrices(form):
             now = _state(parameter, member)
             if name not in copies:
-                copies[name] = _LowCopy(parameter.detach().to(self.autocast), now)
+                copies[name] = _LowCopy(parameter.detach().to(self.low), now)
             elif copies[name].state != now:
                 copies[name].tensor.copy_(parameter)
         return {name: copy.tensor for name, copy in copies.items()}

@@ -81,6 +81,7 @@ def choose_stepper(
             `optim` that only they have, and cannot be had.
     """
     on_device = members[0].sae.input_scale
+    on_cpu = on_device.device.type == "cpu"
     missing = _cannot_run(config.backend, OPS, on_device)
     if missing is not None:
         raise InputError("kernels.backend", config.backend, f"auto, or one that runs here: {missing}")
@@ -102,7 +103,7 @@ def choose_stepper(
     if not unfused:
         asked = config.stepper == "fused"
         why = "kernels.stepper=fused" if asked else "every SAE is linear with top-k codes, under plain Adam"
-        faster = FusedStepper(autocast, at_once(config, members, rows))
+        faster = FusedStepper(autocast, at_once(config, members, rows), only_dead=on_cpu)
         shared = [len(unit) for unit in faster.units(members) if len(unit) > 1]
         logger.info("steps are fused: %s%s", why, f"; {sum(shared)} SAEs share launches" if shared else "")
         return faster
@@ -115,7 +116,7 @@ def choose_stepper(
     told = f"{len(fused)} of {len(members)} SAEs" if len(fused) > MAX_NAMED else ", ".join(fused)
     logger.info("steps of %s are fused, the others go through autograd: %s", told, first)
     own = [member for member in members if member.name in fused]
-    faster = FusedStepper(autocast, at_once(config, own, rows))
+    faster = FusedStepper(autocast, at_once(config, own, rows), only_dead=on_cpu)
     return MixedStepper(fused, faster, AutogradStepper(accumulate, autocast))
 
 

@@ -53,7 +53,8 @@ class TrainConfig:
     accumulate: int = 1
     """Micro-batches per step, to fit large batches in memory."""
     autocast: str = "auto"
-    """Matrix products in bfloat16 (auto: where the hardware has it) or float32; masters are float32."""
+    """Matrix products in bfloat16 (auto: where the hardware has it) or float32; masters are float32. Fused
+    steps on a CPU round nothing for it but products of dead latents: they are as fast without."""
     spike_sds: float = 6.0
     """A step is left out if its loss is this many standard deviations above the mean of the last
     spike_window ones; 0 is off."""
