@@ -17,9 +17,7 @@ active rows are stepped. Saving does not settle those rows: that would round the
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from sae_kernels import (
@@ -39,6 +37,7 @@ from sae_train.batch import Batch, RowBatch
 from sae_train.codes import Codes
 from sae_train.losses import Losses
 from sae_train.sae.base import LinearLatents
+from sae_train.train.low_copies import LowCopies
 from sae_train.train.members import Member
 from sae_train.train.optim import OptimConfig
 from sae_train.train.spikes import judge
@@ -79,14 +78,6 @@ def alike(member: Member) -> tuple[object, ...]:
     return *shapes, *how, *adam
 
 
-@dataclass
-class _LowCopy:
-    """A bfloat16 copy of a parameter, and the state (`_state`) of what it is a copy of."""
-
-    tensor: Tensor
-    state: tuple[int, int, int]
-
-
 class FusedStepper:
     """Steps of members for which `cannot_fuse` has no reason.
 
@@ -109,7 +100,7 @@ class FusedStepper:
             raise ValueError(f"autocast is {autocast}: expected None or torch.bfloat16")
         self.autocast, self.at_once = autocast, at_once
         self.low = None if only_dead else autocast
-        self._low: WeakKeyDictionary[Member, dict[str, _LowCopy]] = WeakKeyDictionary()
+        self._copies = LowCopies(self.low)
         self._stacks: dict[tuple[str, ...], Stacks] = {}
 
     def take(self, member: Member, rows: RowBatch) -> Batch:
@@ -141,7 +132,7 @@ class FusedStepper:
                 steps.copy_(latents.step)
         for form, member in zip(forms, members, strict=True):
             member.schedule.step()
-            self._remember(form, member)
+            self._copies.remember(form, member)
             if member.average is not None:
                 member.average.update_parameters(member.sae)
         return done
@@ -259,6 +250,7 @@ class FusedStepper:
     def _stack(self, forms: Sequence[LinearLatents], members: Sequence[Member], stacks: Stacks) -> Latents:
         """The latents of all, every tensor with their number before its shape."""
         each = [self._latents(form, member) for form, member in zip(forms, members, strict=True)]
+        copies = [self._copies.of(form, member) for form, member in zip(forms, members, strict=True)]
 
         def weight(name: str) -> Weight:
             parameters = [getattr(form, name) for form in forms]
@@ -266,8 +258,8 @@ class FusedStepper:
             states = [m.optimizer.state[p] for m, p in zip(members, parameters, strict=True)]
             low = None
             if own[0].low is not None:
-                copies = [self._low[member][name] for member in members]
-                low = stacks.of(f"low {name}", [w.low for w in own], _attribute(copies, "tensor"))
+                of_name = [of_member[name] for of_member in copies]
+                low = stacks.of(f"low {name}", [w.low for w in own], _attribute(of_name, "tensor"))
             return Weight(
                 stacks.of(name, [w.value for w in own], _attribute(parameters, "data")),
                 stacks.of(f"exp_avg of {name}", [w.first for w in own], _entry(states, "exp_avg")),
@@ -283,7 +275,7 @@ class FusedStepper:
         step = stacks.of("step", [s["step"] for s in of_all], _entry(of_all, "step"))
         if len(members) > 1:  # where weights were moved into stacks, their copies are as good as before
             for form, member in zip(forms, members, strict=True):
-                self._remember(form, member)
+                self._copies.remember(form, member)
         return Latents(w_enc, b_enc, w_dec, b_dec, step, last_step)
 
     @staticmethod
@@ -313,33 +305,16 @@ class FusedStepper:
         state = member.optimizer.state
         if any(len(state[p]) == 0 for p in parameters):
             _start(member.optimizer, parameters, member.config.optim)
-        low = self._low_copies(form, member)
+        copies = self._copies.of(form, member)
+        low = [
+            copies[name].tensor if name in copies else None for name in ("w_enc", "b_enc", "w_dec", "b_dec")
+        ]
         w_enc, b_enc, w_dec, b_dec = (
             Weight(p.detach(), state[p]["exp_avg"], state[p]["exp_avg_sq"], copy)
-            for p, copy in zip(parameters, (low.get("w_enc"), None, low.get("w_dec"), None), strict=True)
+            for p, copy in zip(parameters, low, strict=True)
         )
         of_all = state[form.w_enc]
         return Latents(w_enc, b_enc, w_dec, b_dec, step=of_all["step"], last_step=of_all.get("last_step"))
-
-    def _low_copies(self, form: LinearLatents, member: Member) -> dict[str, Tensor]:
-        """Copies of the weight matrices for products, made anew where someone else wrote to the parameter.
-
-        latent_step keeps the copies up to date itself, and `_remember` notes how things stand after it.
-        """
-        if self.low is None:
-            return {}
-        copies = self._low.setdefault(member, {})
-        for name, parameter in _matrices(form):
-            now = _state(parameter, member)
-            if name not in copies:
-                copies[name] = _LowCopy(parameter.detach().to(self.low), now)
-            elif copies[name].state != now:
-                copies[name].tensor.copy_(parameter)
-        return {name: copy.tensor for name, copy in copies.items()}
-
-    def _remember(self, form: LinearLatents, member: Member) -> None:
-        for name, parameter in _matrices(form) if member in self._low else ():
-            self._low[member][name].state = _state(parameter, member)
 
 
 def _form(member: Member) -> LinearLatents:
@@ -371,19 +346,6 @@ def _attribute(owners: Sequence[object], name: str) -> Callable[[int, Tensor], N
 
 def _entry(owners: Sequence[dict[str, Any]], name: str) -> Callable[[int, Tensor], None]:
     return lambda number, tensor: owners[number].__setitem__(name, tensor)
-
-
-def _matrices(form: LinearLatents) -> tuple[tuple[str, nn.Parameter], ...]:
-    return ("w_enc", form.w_enc), ("w_dec", form.w_dec)
-
-
-def _state(parameter: nn.Parameter, member: Member) -> tuple[int, int, int]:
-    """Changes whenever the parameter does: where it is, writes to it, steps of the schedule.
-
-    torch counts writes to a tensor, but fused Adam's own are not among them; every step moves the schedule.
-    Nor are writes through `parameter.data`, in place: they go unseen. Write to the parameter under no_grad.
-    """
-    return parameter.data_ptr(), parameter._version, member.schedule.last_epoch
 
 
 def _start(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], config: OptimConfig) -> None:

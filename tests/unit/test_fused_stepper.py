@@ -24,9 +24,9 @@ from sae_train.errors import InputError
 from sae_train.losses import Losses
 from sae_train.places import Widths
 from sae_train.sae.linear import LinearConfig, LinearSAE
-from sae_train.train import fused
 from sae_train.train.fused import FusedStepper, cannot_fuse
 from sae_train.train.kernels import KernelsConfig, choose_stepper
+from sae_train.train.low_copies import state_of
 from sae_train.train.members import Member, MemberConfig
 from sae_train.train.optim import OptimConfig
 from sae_train.train.stepper import AutogradStepper, Step, Stepper
@@ -446,9 +446,9 @@ def test_own_steps_keep_the_bfloat16_copies_up_to_date_without_making_them_anew(
     member, stepper = make_member(), FusedStepper(torch.bfloat16)
     train(member, stepper, 0, 5)
     for name in ("w_enc", "w_dec"):
-        parameter, copy_of_it = getattr(member.sae, name), stepper._low[member][name]
+        parameter, copy_of_it = getattr(member.sae, name), stepper._copies._of[member][name]
         assert torch.equal(copy_of_it.tensor, parameter.to(torch.bfloat16))
-        assert copy_of_it.state == fused._state(parameter, member)
+        assert copy_of_it.state == state_of(parameter, member)
 
 
 def test_the_first_step_of_a_fresh_member_gives_no_warning():
