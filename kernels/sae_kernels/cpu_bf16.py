@@ -15,13 +15,11 @@ from torch import Tensor
 
 from sae_kernels.cpu_candidates import BLOCK, at_most_kth, best, maxima_of_blocks, not_below
 
-ROUNDING = 2.02 * 2.0**-8
-"""What rounding to the nearest bfloat16 changes at most, twice, as a share: a library may round the product,
-and once more what it is with its bias."""
+ROUNDING = 1.01 * 2.0**-8
+"""What rounding a sum in float32 to the nearest bfloat16 changes at most, as a share."""
 EPS = 2.0**-24
 TINY = torch.finfo(torch.float32).tiny
 """The instructions take numbers below this, and give them, as 0."""
-PAIR = (torch.float32, torch.bfloat16)
 CACHED = 1 << 18
 """Elements that a core keeps near."""
 AGAIN = 48
@@ -51,21 +49,31 @@ def most(k: int, d_sae: int) -> int:
     return max(3 * k + 32, d_sae // 64)
 
 
-def _both(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """w [F, D] in float32 and in bfloat16; the largest norm of a row, and of what rounding took from one."""
-    exact, low = (w if w.dtype == dtype else torch.empty_like(w, dtype=dtype) for dtype in PAIR)
-    norms = torch.zeros(2, len(w), dtype=torch.float32)
-    rows = max(1, CACHED // max(1, w.shape[1]))  # what is read again is still in the cache
-    for start in range(0, len(w), rows):
-        part = slice(start, start + rows)
-        if exact is not w:
-            exact[part] = w[part]
-        torch.linalg.vector_norm(exact[part], dim=1, out=norms[0, part])
-        if low is not w:
-            low[part] = exact[part]
-            torch.linalg.vector_norm(exact[part] - low[part], dim=1, out=norms[1, part])
-    longest, most = norms.amax(dim=1) + _floor(w.shape[1])
-    return exact, low, longest, most
+def _rounded(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows [n, D] as operands of both products, and what rounding took from them.
+
+    Returns:
+        exact [n, D] float32.
+        low [n, D + 2] bfloat16. The last columns are for a bias, which addmm would write to all of its output
+        first. They are not written yet.
+        norms [n] float32, of the rows; and of what they lost.
+    """
+    n, d = rows.shape
+    exact = rows if rows.dtype == torch.float32 else torch.empty_like(rows, dtype=torch.float32)
+    low = torch.empty(n, d + 2, dtype=torch.bfloat16)
+    norms = torch.zeros(2, n, dtype=torch.float32)
+    at_once = max(1, CACHED // max(1, d))  # what is read again is still in the cache
+    memory = torch.empty(min(n, at_once), d, dtype=torch.float32)
+    for start in range(0, n, at_once):
+        part = slice(start, start + at_once)
+        whole, short = exact[part], low[part, :d].copy_(rows[part])
+        if exact is not rows:
+            whole.copy_(rows[part])
+        if rows.dtype != torch.bfloat16:
+            lost = memory[: len(whole)].copy_(short).sub_(whole)
+            torch.linalg.vector_norm(lost, dim=1, out=norms[1, part])
+        torch.linalg.vector_norm(whole, dim=1, out=norms[0, part])
+    return exact, low, *(norms + _floor(d))
 
 
 def _floor(d: int) -> float:
@@ -83,7 +91,7 @@ def encoder(
     """The k largest pre-activations of rows, as float32 products and sums have them.
 
     Args:
-        w: [F, D] bfloat16 or float32. b: [F].
+        w: [F, D] of any dtype that float32 holds. b: [F].
         k: one that `pays`.
         top_k: (pre-activations [n, F], count) -> values and int64 indices, [n, count].
         gather_dot: (rows [n, D], indices [M], weight [F, D], offsets [n + 1]) -> [M].
@@ -91,37 +99,40 @@ def encoder(
     global _used
     _used = True
     d_sae, d = w.shape
-    exact, guessing, longest, rounded = _both(w)
+    exact, low, *norms_and_errors = _rounded(w)
+    longest, worst = (largest.amax() for largest in norms_and_errors)
     b = b.float()
-    low, highest, lift = b.bfloat16(), b.amax(), b.abs().amax()
+    highest, lift = b.amax(), b.abs().amax()
+    low[:, d] = b
+    # Two numbers of 8 bits are a bias of 16. What is no bfloat16 number has no rest.
+    low[:, d + 1] = torch.where(low[:, d].isfinite(), b - low[:, d], 0)
     memory = torch.empty(0, dtype=torch.bfloat16)
 
     def whole(rows: Tensor) -> tuple[Tensor, Tensor]:
         return top_k(torch.mm(rows, exact.t()).add_(b), k)
 
-    def off(rows: Tensor, guessed: Tensor, kth: Tensor) -> Tensor:
+    def off(norms: Tensor, errors: Tensor, kth: Tensor) -> Tensor:
         """[n, 1]: how far off a guess is at most, besides `ROUNDING` of itself, where it can matter."""
-        size = torch.linalg.vector_norm(rows, dim=1, keepdim=True) + _floor(d)
-        lost = torch.linalg.vector_norm(rows - guessed, dim=1, keepdim=True) + _floor(d)
-        products = size * longest
+        products = norms * longest
         # No product lifts a latent with a bias that is further below zero to where k others are.
         bias = torch.minimum(lift, torch.maximum(highest, 1.1 * (products + kth.abs())))
-        operands = lost * longest + (size + lost) * rounded
-        sums = 2 * (d + 2) * (EPS * (products + bias) + TINY * (1 + size + longest))
-        return 1.01 * operands + sums + ROUNDING * bias
+        operands = errors * longest + (norms + errors) * worst
+        sums = 2 * (d + 4) * (EPS * (products + bias) + TINY * (1 + norms + longest))
+        return 1.01 * operands + sums + ROUNDING * 2.0**-8 * bias
 
     def codes(rows: Tensor) -> tuple[Tensor, Tensor]:
         global _again
         nonlocal memory
         if len(memory) < len(rows):
             memory = torch.empty(len(rows), d_sae, dtype=torch.bfloat16)
-        guessed, rows = rows.bfloat16(), rows.float()
-        guess = torch.addmm(low, guessed, guessing.t(), out=memory[: len(rows)])
+        rows, guessed, norms, errors = _rounded(rows)
+        guessed[:, d:] = 1
+        guess = torch.mm(guessed, low.t(), out=memory[: len(rows)])
         maxima = maxima_of_blocks(guess)
         kth = at_most_kth(maxima, k).float()
         # k pre-activations are not below kth - off - ROUNDING * |kth|. A guess as far below that again
         # belongs to none so large. 1.02: it may itself be of a larger size than kth.
-        least = kth - 1.02 * 2 * (off(rows, guessed, kth) + ROUNDING * kth.abs())
+        least = kth - 1.02 * 2 * (off(norms.unsqueeze(1), errors.unsqueeze(1), kth) + ROUNDING * kth.abs())
         places, counts, crowded = not_below(guess, maxima, least, most(k, d_sae))
         latents = (places % d_sae).int()
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])

@@ -45,12 +45,11 @@ def not_below(pre: Tensor, maxima: Tensor, least: Tensor, most: int) -> tuple[Te
     blocks = maxima.shape[1]
     found = (maxima < least).logical_not_().view(-1).nonzero().squeeze(1)
     rows, found, many = _uncrowded(found // blocks, found, n, most)
-    first = rows * d_sae + found % blocks
-    places = (first.unsqueeze(1) + blocks * torch.arange(BLOCK)).view(-1)
-    # index_select takes a third of the time of pre.view(-1)[places].
-    members = pre.view(-1).index_select(0, places).view(-1, BLOCK)
+    block = found % blocks
+    members = pre.view(n, BLOCK, blocks)[rows, :, block]
     inside = (members < least.index_select(0, rows)).logical_not_().view(-1).nonzero().squeeze(1)
-    places = places.index_select(0, inside)
+    of, member = inside // BLOCK, inside % BLOCK
+    places = (rows * d_sae + block).index_select(0, of).add_(member, alpha=blocks)
     rows, places, more = _uncrowded(places // d_sae, places, n, most)
     return places, torch.bincount(rows, minlength=n), torch.cat([many, more])
 

@@ -40,7 +40,7 @@ def truth(x: Tensor, w: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return best.values.relu().gather(1, order), indices
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("n", "f", "d", "k", "bias"),
     [(1, 40, 3, 1, 1.0), (130, 1000, 96, 16, 0.0), (64, 4608, 160, 32, 3.0), (20, 1600, 64, 100, 30.0)],
@@ -74,7 +74,7 @@ def test_latents_that_rounding_makes_equal_are_told_apart():
 
 
 def test_a_bias_hides_nothing():
-    """The best has a product of 1001.9 and a bias of -998: guessed as 2, it lies below 30 others."""
+    """The best has a product of 1001.9 and a bias of -998, as one bfloat16 -1000; 30 are above 1.9."""
     f, k = 64, 2
     x = torch.tensor([[1000.0, 1.0]]).bfloat16()
     w, b = torch.zeros(f, 2), torch.full((f,), -500.0)
@@ -142,26 +142,45 @@ def test_neither_the_default_dtype_nor_no_width_is_an_error():
     assert (indices == b.argmax()).all() and torch.equal(values, b.amax().expand(3, 1))
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_library_may_round_twice(bias, monkeypatch):
-    """The product, and then its sum with the bias: the best is guessed 4 below another one."""
-    f = 64
-    best, other = ((513.9, -512.0), (514.1, -513.9)) if bias else ((513.9, 1.875), (514.1, 0.0))
-    assert sum(best) > sum(other)
-    w, b = torch.zeros(f, 2), torch.full((f,), -600.0 if bias else -1.0)
-    for latent, (product, own) in ((41, best), (17, other)):
-        high = torch.tensor(product).bfloat16().float() - 4  # representable; what remains is too
-        w[latent], b[latent] = torch.tensor([high, product - high]), own
-    x = torch.ones(1, 2)
+@pytest.mark.parametrize(("bias", "second"), [(1026.0077, 0.007), (-1025.9962, 0.0035)])
+def test_what_two_bfloat16_leave_of_a_bias_is_found(bias, second):
+    """It becomes 1026 or -1026, and with its product nothing is left of the best, which is the largest."""
+    f, product = 64, 1026 if bias < 0 else -1026
+    x, w, b = torch.ones(1, 2), torch.zeros(f, 2), torch.full((f,), -1.0)
+    w[41], b[41] = torch.tensor([product - product / 513, product / 513]), bias
+    b[17] = second
+    assert product + b[41] > b[17]
+    for dtype in (torch.bfloat16, torch.float32):
+        _, indices, again = encoded(x.to(dtype), w.to(dtype), b, 1)
+        assert (indices.item(), again) == (41, 0)
 
-    def twice(low: Tensor, rows: Tensor, w_t: Tensor, out: Tensor) -> Tensor:
-        return out.copy_(rows.float().mm(w_t.float()).bfloat16() + low)
 
-    monkeypatch.setattr(torch, "addmm", twice)
-    guess = twice(b.bfloat16(), x.bfloat16(), w.bfloat16().T, torch.empty(1, f).bfloat16())
-    assert float(guess[0, 17] - guess[0, 41]) == 4
-    _, indices, again = encoded(x.bfloat16(), w.bfloat16(), b, 1)
-    assert (indices.item(), again) == (41, 0)
+def test_two_that_rounding_parts_the_wrong_way_are_both_looked_at():
+    """The best loses 2^-16 as an operand, lies at the middle of 1 and 1 + 2^-7, and becomes 1; another lies a
+    little above the middle, and becomes 1 + 2^-7."""
+    f = 32
+    x, w, b = torch.ones(1, 2), torch.zeros(f, 2), torch.full((f,), -1.0)
+    w[:, 0] = 1
+    w[7, 1], b[7] = 2.0**-8 + 0.49 * 2.0**-15, 0
+    w[20, 1], b[20] = 2.0**-8, 2.0**-17
+    guess = ((x.bfloat16().float() @ w.bfloat16().float().T) + b).bfloat16()[0]
+    assert guess[7] == 1 and guess[20] == 1 + 2.0**-7
+    _, indices, again = encoded(x, w, b, 1)
+    assert (indices.item(), again) == (7, 0)
+
+
+@pytest.mark.parametrize(("n", "d"), [(33, 7), (2, 576), (300, 578), (8, 4096), (1, 576)])
+def test_a_product_is_rounded_once_however_much_of_it_cancels(n, d):
+    """What the bound relies on, of torch and the library under it: sums are float32 until they are done."""
+    f = 256
+    generator = torch.Generator().manual_seed(d)
+    x, w = (torch.randn(rows, d, generator=generator).bfloat16() for rows in (n, f))
+    x[:, -1] = 1
+    w[:, -1] = -(w[:, :-1].float() @ x[0, :-1].float())  # of the first row little remains
+    got = torch.mm(x, w.t(), out=torch.empty(n, f, dtype=torch.bfloat16))
+    exact, size = x.double() @ w.double().t(), x.double().abs() @ w.double().abs().t()
+    assert float(size[0].mean() / exact[0].abs().mean()) > 50
+    assert ((got.double() - exact).abs() <= 2.0**-8 * exact.abs() + 2 * d * EPS * size).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
