@@ -64,15 +64,14 @@ def _rounded(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     norms = torch.zeros(2, n, dtype=torch.float32)
     at_once = max(1, CACHED // max(1, d))  # what is read again is still in the cache
     memory = torch.empty(min(n, at_once), d, dtype=torch.float32)
-    for start in range(0, n, at_once):
-        part = slice(start, start + at_once)
-        whole, short = exact[part], low[part, :d].copy_(rows[part])
+    parts = (t.split(at_once) for t in (rows, exact, low[:, :d], *norms))
+    for given, whole, short, norm, error in zip(*parts, strict=True):
+        short.copy_(given)
         if exact is not rows:
-            whole.copy_(rows[part])
+            whole.copy_(given)
         if rows.dtype != torch.bfloat16:
-            lost = memory[: len(whole)].copy_(short).sub_(whole)
-            torch.linalg.vector_norm(lost, dim=1, out=norms[1, part])
-        torch.linalg.vector_norm(whole, dim=1, out=norms[0, part])
+            torch.linalg.vector_norm(memory[: len(whole)].copy_(short).sub_(whole), dim=1, out=error)
+        torch.linalg.vector_norm(whole, dim=1, out=norm)
     return exact, low, *(norms + _floor(d))
 
 
@@ -133,11 +132,10 @@ def encoder(
         # k pre-activations are not below kth - off - ROUNDING * |kth|. A guess as far below that again
         # belongs to none so large. 1.02: it may itself be of a larger size than kth.
         least = kth - 1.02 * 2 * (off(norms.unsqueeze(1), errors.unsqueeze(1), kth) + ROUNDING * kth.abs())
-        places, counts, crowded = not_below(guess, maxima, least, most(k, d_sae))
-        latents = (places % d_sae).int()
+        latents, counts, crowded = not_below(guess, maxima, least, most(k, d_sae))
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        found = gather_dot(rows, latents, exact, offsets) + b.index_select(0, latents)
-        values, indices = best(found, latents.long(), counts, k, most(k, d_sae))
+        found = gather_dot(rows, latents.int(), exact, offsets).add_(b.index_select(0, latents))
+        values, indices = best(found, latents, counts, k, most(k, d_sae))
         if len(crowded):
             with _counting:
                 _again += len(crowded)

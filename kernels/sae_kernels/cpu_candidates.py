@@ -8,7 +8,8 @@ below it. If the large ones lie anywhere, about a sixth more latents than k are 
 import torch
 from torch import Tensor
 
-BLOCK = 8
+SHIFT = 3
+BLOCK = 1 << SHIFT
 GROUPS = 4
 """Groups for each of the k. Twice as many leave 7 % above k instead of 15, and cost twice as much."""
 
@@ -37,31 +38,30 @@ def not_below(pre: Tensor, maxima: Tensor, least: Tensor, most: int) -> tuple[Te
         most: rows with more such places are left out.
 
     Returns:
-        places [M] int64: row * F + latent, row after row.
+        latents [M] int64: of these places, row after row.
         counts [n] int64: how many of them each row has; 0 for those that are left out.
         crowded [R] int64: the rows that are.
     """
-    n, d_sae = pre.shape
-    blocks = maxima.shape[1]
-    found = (maxima < least).logical_not_().view(-1).nonzero().squeeze(1)
-    rows, found, many = _uncrowded(found // blocks, found, n, most)
-    block = found % blocks
-    members = pre.view(n, BLOCK, blocks)[rows, :, block]
+    n, blocks = maxima.shape
+    rows, found = (maxima < least).logical_not_().nonzero(as_tuple=True)
+    rows, found, many = _uncrowded(rows, found, n, most)
+    members = pre.view(n, BLOCK, blocks)[rows, :, found]
     inside = (members < least.index_select(0, rows)).logical_not_().view(-1).nonzero().squeeze(1)
-    of, member = inside // BLOCK, inside % BLOCK
-    places = (rows * d_sae + block).index_select(0, of).add_(member, alpha=blocks)
-    rows, places, more = _uncrowded(places // d_sae, places, n, most)
-    return places, torch.bincount(rows, minlength=n), torch.cat([many, more])
+    # Integers are divided slowly.
+    block, member = inside >> SHIFT, inside & (BLOCK - 1)
+    latents = found.index_select(0, block).add_(member, alpha=blocks)
+    rows, latents, more = _uncrowded(rows.index_select(0, block), latents, n, most)
+    return latents, torch.bincount(rows, minlength=n), torch.cat([many, more])
 
 
-def _uncrowded(rows: Tensor, places: Tensor, n: int, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """rows and places [M] without those of rows that occur more than `most` times, and these rows."""
+def _uncrowded(rows: Tensor, of: Tensor, n: int, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """rows and of [M] without those of rows that occur more than `most` times, and these rows."""
     counts = torch.bincount(rows, minlength=n)
     crowded = (counts > most).nonzero().squeeze(1)
     if len(crowded) == 0:
-        return rows, places, crowded
+        return rows, of, crowded
     keep = (counts <= most).index_select(0, rows)
-    return rows[keep], places[keep], crowded
+    return rows[keep], of[keep], crowded
 
 
 def best(values: Tensor, latents: Tensor, counts: Tensor, k: int, most: int) -> tuple[Tensor, Tensor]:

@@ -148,7 +148,7 @@ class FusedStepper:
         first, config = forms[0], members[0].config.optim
         n, d = batches[0].y.shape
         y, scale_out = _shared([b.y for b in batches]), _scales([form.scale_out for form in forms])
-        x, target = self._operands(forms, latents.b_dec.value, batches, y * scale_out)
+        x, target = self._operands(forms, latents.b_dec.value, batches, y, scale_out)
         w_enc, w_dec, ks = latents.w_enc.product(), latents.w_dec.product(), [form.k for form in forms]
         values, indices = topk_encode_many(x, w_enc, latents.b_enc.value, ks)
         d_sae = w_enc.shape[1]
@@ -220,15 +220,20 @@ class FusedStepper:
         ]
 
     def _operands(
-        self, forms: Sequence[LinearLatents], b_dec: Tensor, batches: Sequence[Batch], scaled: Tensor
+        self,
+        forms: Sequence[LinearLatents],
+        b_dec: Tensor,
+        batches: Sequence[Batch],
+        y: Tensor,
+        scale_out: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """What is encoded, and what codes alone have to reconstruct; `scaled` are the targets. [M, N, D] all.
+        """What is encoded, and what codes alone have to reconstruct, of targets y and their scale. [M, N, D].
 
         With b_dec taken from the target instead of added to the output, an autoencoder's target is its
         input: one tensor serves as both, and rounds distances from b_dec only.
         """
         dtype = self.low or torch.float32
-        target = (scaled - b_dec.unsqueeze(1)).to(dtype)
+        target = torch.addcmul(-b_dec.unsqueeze(1), y, scale_out).to(dtype)
         if forms[0].centred and batches[0].x is batches[0].y:
             return target, target
         centre = torch.stack([form.centre for form in forms]).unsqueeze(1)
