@@ -44,24 +44,25 @@ def not_below(pre: Tensor, maxima: Tensor, least: Tensor, most: int) -> tuple[Te
     """
     n, blocks = maxima.shape
     rows, found = (maxima < least).logical_not_().nonzero(as_tuple=True)
-    rows, found, many = _uncrowded(rows, found, n, most)
+    rows, found, _, many = _uncrowded(rows, found, n, most)
     members = pre.view(n, BLOCK, blocks)[rows, :, found]
     inside = (members < least.index_select(0, rows)).logical_not_().view(-1).nonzero().squeeze(1)
     # Integers are divided slowly.
     block, member = inside >> SHIFT, inside & (BLOCK - 1)
     latents = found.index_select(0, block).add_(member, alpha=blocks)
-    rows, latents, more = _uncrowded(rows.index_select(0, block), latents, n, most)
-    return latents, torch.bincount(rows, minlength=n), torch.cat([many, more])
+    _, latents, counts, more = _uncrowded(rows.index_select(0, block), latents, n, most)
+    return latents, counts, torch.cat([many, more])
 
 
-def _uncrowded(rows: Tensor, of: Tensor, n: int, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """rows and of [M] without those of rows that occur more than `most` times, and these rows."""
+def _uncrowded(rows: Tensor, of: Tensor, n: int, most: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """rows and of [M] without those of rows that occur more than `most` times; how often others do; these."""
     counts = torch.bincount(rows, minlength=n)
     crowded = (counts > most).nonzero().squeeze(1)
-    if len(crowded) == 0:
-        return rows, of, crowded
-    keep = (counts <= most).index_select(0, rows)
-    return rows[keep], of[keep], crowded
+    if len(crowded) > 0:
+        keep = (counts <= most).index_select(0, rows)
+        rows, of = rows[keep], of[keep]
+        counts[crowded] = 0
+    return rows, of, counts, crowded
 
 
 def best(values: Tensor, latents: Tensor, counts: Tensor, k: int, most: int) -> tuple[Tensor, Tensor]:
