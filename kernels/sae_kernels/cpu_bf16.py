@@ -59,6 +59,7 @@ def _rounded(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         norms [n] float32, of the rows; and of what they lost.
     """
     n, d = rows.shape
+    rows = rows.contiguous()  # norms are summed in another order over columns, and in one row as over rows
     exact = rows if rows.dtype == torch.float32 else torch.empty_like(rows, dtype=torch.float32)
     low = torch.empty(n, d + 2, dtype=torch.bfloat16)
     norms = torch.zeros(2, n, dtype=torch.float32)

@@ -225,6 +225,18 @@ def test_a_row_s_codes_do_not_depend_on_the_rows_beside_it(dtype):
         assert torch.equal(some, values[part]) and torch.equal(places, indices[part])
 
 
+def test_the_order_of_slots_does_not_depend_on_the_rows_beside_it_where_columns_are_in_order():
+    """One latent's guess lies at the very end of what is looked at: an ulp of a norm lets it in or not."""
+    f, d, k = 1024, 576, 4
+    generator = torch.Generator().manual_seed(48)
+    x = torch.randn(d, 5, generator=generator).bfloat16().t()
+    hot = torch.randperm(f - 1, generator=generator)[:30] + 1
+    w, b = torch.zeros(f, d), torch.full((f,), -1e6)
+    b[hot] = 8 * torch.rand(30, generator=generator)
+    w[0, 3], b[hot[0]] = float.fromhex("0x1.007b64p+6"), 0.051513671875
+    assert torch.equal(cpu.topk_encode(x, w, b, k)[1][:1], cpu.topk_encode(x[:1], w, b, k)[1])
+
+
 def test_few_latents_need_no_guess():
     x, w, b = operands(5, 20, 8)
     before = fallbacks().get("fallback_rows", 0)
