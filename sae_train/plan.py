@@ -39,6 +39,8 @@ MARGIN = 0.15
 BASE_BYTES = {False: 405 * MIB, True: 555 * MIB}
 """Resident size of a process on a CPU with its libraries and next to no tensors, when it trains: on rows from
 files, and with a language model (transformers, tokenizers, datasets). How: docs/planning.md."""
+CUDA_BUILD_BYTES = 263 * MIB
+"""What importing torch takes more where it is built for CUDA: 484 MiB are resident (2.11), not 221 (2.13)."""
 REPORT_BYTES = 45 * MIB
 """What drawing the report adds: matplotlib and jinja2."""
 SLACK_BYTES = 20 * MIB
@@ -164,7 +166,9 @@ def _memory(job: Job, members: Iterable[MemberShape]) -> tuple[dict[str, dict[st
     judging = _judging(job, own)
     judged, shown = (max(2 * whole, whole + judging + more) for more in (0, published))
     start = whole + _starting(undivided, own)
-    base = GPU_BASE_BYTES if job.gpu else BASE_BYTES[job.model is not None]
+    built = CUDA_BUILD_BYTES if job.gpu or job.cuda_build else 0
+    process = BASE_BYTES[job.model is not None] + built
+    base = GPU_BASE_BYTES if job.gpu else process
     slack = 0 if job.gpu else SLACK_BYTES
     drawn = 0 if job.gpu else REPORT_BYTES
     freed = snapshot + forward if small else 0
@@ -188,7 +192,7 @@ def _memory(job: Job, members: Iterable[MemberShape]) -> tuple[dict[str, dict[st
         "evaluation, model included" if job.model else "evaluation": (0, 0, judged if judges else 0, shown),
         "kept by malloc": (slack, slack, slack, slack + freed),
     }
-    host = BASE_BYTES[job.model is not None] + max(snapshot, first) + REPORT_BYTES
+    host = process + max(snapshot, first) + REPORT_BYTES
     return {name: dict(zip(STAGES, found, strict=True)) for name, found in parts.items()}, host
 
 

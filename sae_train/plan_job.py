@@ -113,6 +113,8 @@ class Job:
     low: bool = False
     """Matrix products in bfloat16."""
     cores: int = 1
+    cuda_build: bool = False
+    """torch is built for GPUs; a process on a CPU loads what it needs for them all the same."""
     spread: int = 1
     """Devices that the language model's weights are laid over, by `model.device_map`."""
 

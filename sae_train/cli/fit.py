@@ -144,6 +144,7 @@ def job_of(
         feature=config.mesh.feature,
         low=low if autocast == "auto" else autocast == "bfloat16",
         cores=config.run.threads or torch.get_num_threads(),
+        cuda_build=torch.backends.cuda.is_built(),
         spread=spread,
     )
 

@@ -45,7 +45,7 @@ def test_the_planned_memory_is_within_the_margin_of_a_real_run(args, tmp_path, c
         plan["parts"][f"SAEs, {part}"]["training"] for part in ("weights", "optimizer state", "gradients")
     )
     step = plan["parts"]["SAEs, activations of a step"]["training"]
-    assert sae + step > measured / 4  # else it would be the libraries that are planned so well
+    assert sae + step > measured / 5  # else it would be the libraries that are planned so well
     assert abs(plan["peak_bytes"] / measured - 1) < MARGIN, (plan["peak_bytes"], measured, plan["parts"])
 
 

@@ -98,7 +98,10 @@ def test_a_local_rank_beyond_the_gpus_that_a_process_sees_is_refused(number, mon
 
 def test_processes_that_compute_on_the_cpu_need_no_gpu_each(launch, tmp_path):
     """On a machine with one GPU, so many that they could not have one each."""
-    one_gpu = "import torch; torch.cuda.is_available = lambda: True; torch.cuda.device_count = lambda: 1"
+    one_gpu = (
+        "import torch; torch.cuda.is_available = lambda: True; torch.cuda.device_count = lambda: 1; "
+        "torch.cuda.is_current_stream_capturing = lambda: False"  # it would ask a driver, in a build for CUDA
+    )
     args = [*SHORT, "train.tokens=320", "model.device=cpu", f"run.dir={tmp_path / 'run'}"]
     launch(2, "train", *args, before=one_gpu).wait(0)
 

@@ -12,7 +12,14 @@ from sae_train.cli.compose import compose
 from sae_train.cli.fit import job_of
 from sae_train.config import Config, to_config
 from sae_train.member_set import members
-from sae_train.plan import COUNTERS_BYTES, alternatives, make, optimizer_bytes, weights_bytes
+from sae_train.plan import (
+    COUNTERS_BYTES,
+    CUDA_BUILD_BYTES,
+    alternatives,
+    make,
+    optimizer_bytes,
+    weights_bytes,
+)
 from sae_train.plan_job import GIB, HARDWARE, Job
 from sae_train.plan_step import held_bytes, is_fused, temporaries
 from sae_train.train.kernels import choose_stepper
@@ -237,3 +244,10 @@ def test_the_shape_of_a_crosscoder_is_that_of_all_its_hooks():
     wanted = configured("sae=crosscoder", "hook=a+b")
     found = job_of(*wanted, {"a": 16, "b": 24}, None, HARDWARE["cpu"], None, 1)
     assert (found.members[0].d_in, found.row_bytes) == (40, 8 + 4 * 40)
+
+
+def test_a_build_of_torch_for_cuda_is_counted_where_the_plan_is_for_the_cpu():
+    plain, built = (make(replace(job(), cuda_build=has)) for has in (False, True))
+    assert built.peak - plain.peak == CUDA_BUILD_BYTES
+    on_gpu = [make(replace(job(device="h100"), cuda_build=has)) for has in (False, True)]
+    assert on_gpu[0] == on_gpu[1]
