@@ -24,7 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 Class = frozenset[tuple[str, str]]
 
 SIZES = {"BLOCK", "BUFFER", "CHUNK", "COLUMNS", "DEPTH", "EACH", "GROUP", "KEPT", "KEYS", "LATENTS"}
-SIZES |= {"MANY", "PIECE", "ROWS", "SALT", "SLOTS", "STEP"}
+SIZES |= {"PIECE", "ROWS", "SALT", "SLOTS", "STEP"}
 SIZES |= {"UPCAST", "PTX"}  # which the interpreter alone sets, and alone does without
 TYPES = {
     torch.bfloat16: "*bf16",

@@ -23,6 +23,7 @@ from sae_kernels import (
     decode_residual,
     gather_dot,
     latent_step,
+    latent_step_many,
     segment_rows,
     settle,
     sparse_decode,
@@ -158,8 +159,8 @@ def test_every_gradient_and_step_is_compiled_as_it_is_launched(recorded):
         x, g = (torch.ones(rows_of_pieces, D, dtype=dtype) for dtype in (x, g))
         sparse_grad(x, g, values, indices, torch.ones(F, D), 0.5, dots, offsets)
     del recorded[next(name for name in recorded if name.endswith("decode._gather_dot"))]  # of missing dots
-    for form, moment, lazy in product(("plain", "low", "split"), (F32, BF16), (False, True)):
-        latents = make_latents(form, moment, lazy)
+    for form, moment, lazy, many in product(("plain", "low", "split"), (F32, BF16), (False, True), (1, 2)):
+        latents = make_latents(form, moment, lazy, many)
         adam = AdamStep(1e-3, beta1=0.0 if lazy else 0.9)
         counters = cycle([None, make_counters(100), make_counters(2**40)])
         for dtypes, dead_dtype, unit, centred, clip in product(
@@ -169,33 +170,46 @@ def test_every_gradient_and_step_is_compiled_as_it_is_launched(recorded):
             (True, False),
             ("none", "own", "given"),
         ):
-            values, indices, offsets = codes(rows_of_pieces, K, next(others), dead_dtype is None)
-            x, residual = (torch.ones(rows_of_pieces, D, dtype=dtype) for dtype in dtypes)
-            latent_step(
-                *(x, residual, values, indices, values, latents, adam, 0.5, centred, unit),
-                clip=None if clip == "none" else 1.0,
-                clip_norm=torch.ones(()) if clip == "given" else None,
-                dead=None if dead_dtype is None else make_dead(dead_dtype),
-                counters=next(counters),
-                offsets=offsets,
+            values, indices, offsets = codes(
+                rows_of_pieces, K, next(others), many == 1 and dead_dtype is None
             )
-        settle(latents, adam)
+            x, residual = (torch.ones(rows_of_pieces, D, dtype=dtype) for dtype in dtypes)
+            most = None if clip == "none" else 1.0
+            norms = torch.ones(many) if clip == "given" else None
+            dead = None if dead_dtype is None else make_dead(dead_dtype)
+            if many == 1:
+                batch = (x, residual, values, indices, values, latents, adam, 0.5, centred, unit)
+                norm = None if norms is None else norms[0]
+                latent_step(
+                    *batch, clip=most, clip_norm=norm, dead=dead, counters=next(counters), offsets=offsets
+                )
+            else:
+                rows = (torch.stack([each] * many) for each in (x, residual, values, indices, values))
+                latent_step_many(
+                    *(*rows, latents, [adam] * many, 0.5, centred, unit, most, norms, [dead] * many),
+                    counters=counters_of(many, next(counters)),
+                )
+        if many == 1:
+            settle(latents, adam)
     kernels = {"adam._update", "adam._square_gradients", "adam._update_bias", "update._sum_lists_kernel"}
     kernels |= {"lists._list_slots", "lists._sum_pieces", "lists._scan", "lists._add_dead_rows"}
     kernels |= {"columns._column_sums", "columns._add_partials", "guard._check", "guard._decide"}
     assert_same(recorded, kernels | {"formats._settle"})
 
 
-def make_latents(form: str, moment: torch.dtype, lazy: bool) -> Latents:
+def make_latents(form: str, moment: torch.dtype, lazy: bool, many: int) -> Latents:
+    first = () if many == 1 else (many,)
+
     def make(*shape: int) -> Weight:
+        shape = (*first, *shape)
         value, moments = torch.ones(shape), (torch.zeros(shape, dtype=moment) for _ in range(2))
         if form == "split":
             value, remainder = split(value)
             return Weight(value, *moments, remainder=remainder)
         return Weight(value, *moments, low=value.bfloat16() if form == "low" else None)
 
-    last = torch.zeros(F, dtype=torch.int32) if lazy else None
-    return Latents(make(F, D), make(F), make(F, D), make(D), step=torch.zeros(()), last_step=last)
+    last = torch.zeros((*first, F), dtype=torch.int32) if lazy else None
+    return Latents(make(F, D), make(F), make(F, D), make(D), step=torch.zeros(first), last_step=last)
 
 
 def make_dead(dtype: torch.dtype) -> DeadGrads:
@@ -206,6 +220,13 @@ def make_dead(dtype: torch.dtype) -> DeadGrads:
 def make_counters(tokens: int) -> Counters:
     counts, sums, last = (torch.zeros(F, dtype=torch.int64) for _ in range(3))
     return Counters(counts, sums, torch.zeros(F), last, tokens)
+
+
+def counters_of(many: int, one: Counters | None) -> Counters | None:
+    if one is None:
+        return None
+    tensors = (torch.stack([each] * many) for each in (one.counts, one.sums, one.maxima, one.last_fired))
+    return Counters(*tensors, one.tokens)
 
 
 def sizes_of(cases: list[Case], kernel: Any, *names: str) -> set[tuple[int, ...]]:
