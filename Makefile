@@ -1,5 +1,6 @@
 # make demo     train a sparse autoencoder on a real language model and report on it
 # make test     the default test suite
+# make test-oldest  the same with the oldest versions that pyproject.toml allows
 # make test-cluster  the tests that submit to a real Slurm, which they start (root and Debian's packages)
 # make chaos    hundreds of kills and half an hour of faults, with a report (CHAOS_KILLS=..., CHAOS_MINUTES=...)
 # make lint     ruff, mypy and hadolint
@@ -11,7 +12,7 @@
 # make test-interop  other libraries read what we export, and we read what they save
 # make image    build the container image on today's base, pinned by digest (docker with buildx)
 # make venv     only the installation that the others share
-# make clean    remove .venv, .venv-bench and what tools left behind (runs/ stays)
+# make clean    remove .venv, .venv-oldest, .venv-bench and what tools left behind (runs/ stays)
 #
 # PYTHON=python3.12   another interpreter (3.11 or later) for .venv
 # PIP_ARGS=...        more arguments for pip; on a machine without a GPU,
@@ -69,7 +70,12 @@ PEER_PIP = $(BENCH)/$*/bin/python -m pip --disable-pip-version-check
 TORCHAO = $(PIP_INSTALL) --constraint constraints.txt --no-deps --upgrade --target $(VENV)/optional torchao
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-cluster chaos lint compile-gate test-gpu bench-gpu bench-cpu bench-quality test-interop image venv clean
+# What pyproject.toml allows, at its oldest. Triton 3.6's interpreter knows no newer numpy.
+OLDEST := .venv-oldest
+OLDEST_VERSIONS := $(shell grep -o '"[a-z_-]\+>=[0-9.]*' pyproject.toml | tr -d '"' | sed 's/>=/==/' | sort -u \
+  | grep -v 'pytest\|setuptools') numpy==2.3.5
+
+.PHONY: help demo test test-oldest test-cluster chaos lint compile-gate test-gpu bench-gpu bench-cpu bench-quality test-interop image venv clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -81,6 +87,9 @@ test: $(READY)-test
 	$(BIN)/pytest -n logical --maxprocesses 4 $(ARGS) || \
 	  { echo '== Once more, one at a time: what failed beside the others'; \
 	    $(BIN)/pytest --last-failed --last-failed-no-failures none $(ARGS); }
+
+test-oldest: $(OLDEST)/.installed-$(KEY)
+	$(OLDEST)/bin/python -m pytest -n logical --maxprocesses 4 $(ARGS)
 
 test-cluster: $(READY)-test
 	$(BIN)/pytest -m 'cluster and not slow' -rs tests/cluster $(ARGS)
@@ -126,7 +135,7 @@ image:
 venv: $(READY)-gguf
 
 clean:
-	rm -rf $(VENV) $(BENCH) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis sae_train.egg-info
+	rm -rf $(VENV) $(OLDEST) $(BENCH) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis sae_train.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -140,6 +149,12 @@ $(READY)-gguf $(READY)-test $(READY)-dev: $(READY)-%: | $(BIN)/python
 	@echo '== Installing sae-train[$*] and the tested versions of what it needs (the first time: a few minutes)'
 	@$(PIP_INSTALL) --constraint constraints.txt --editable '.[$*]'
 	@$(if $(filter test dev,$*),$(TORCHAO))
+	@touch $@
+
+$(OLDEST)/.installed-$(KEY): | $(BIN)/python
+	@echo '== Installing the oldest versions: $(OLDEST_VERSIONS) (some gigabytes)'
+	@rm -rf $(OLDEST) && $(BIN)/python -m venv $(OLDEST)
+	@$(OLDEST)/bin/python -m pip --disable-pip-version-check install $(QUIET) $(PIP_ARGS) $(OLDEST_VERSIONS) --editable '.[test,optim]'
 	@touch $@
 
 $(READY)-demo: $(READY)-gguf
