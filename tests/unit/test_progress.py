@@ -116,6 +116,7 @@ with Progress(1000) as progress:
 def test_on_a_terminal_the_cursor_comes_back_after_an_exception() -> None:
     controller, terminal = pty.openpty()
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm-256color", "COLUMNS": "120"}
+    env["PYTHON_COLORS"] = "0"  # of tracebacks
     run = subprocess.Popen(
         [sys.executable, "-c", TERMINAL], stdin=terminal, stdout=terminal, stderr=terminal, env=env
     )
