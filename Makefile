@@ -5,7 +5,7 @@
 # make chaos    hundreds of kills and half an hour of faults, with a report (CHAOS_KILLS=..., CHAOS_MINUTES=...)
 # make lint     ruff, mypy and hadolint
 # make compile-gate  compile every Triton kernel for GPUs that are not here; fails on spills and the like
-# make test-gpu   the tests that need a GPU, at real sizes
+# make test-gpu   the tests of kernels on a GPU, at real sizes too
 # make bench-gpu  check and time whole training steps on a GPU, beside dense torch and three other libraries
 # make bench-cpu  time a whole training step beside dense torch and three other libraries
 # make bench-quality  train our SAEs and three other libraries' on the same rows, and judge them alike
@@ -107,7 +107,7 @@ compile-gate: $(READY)-gguf
 	$(BIN)/python kernels/bench/compile_gate.py $(ARGS)
 
 test-gpu: $(READY)-test
-	$(BIN)/pytest -m gpu $(ARGS)
+	$(BIN)/pytest -m gpu -n logical --maxprocesses 8 --dist loadgroup $(ARGS)
 
 bench-gpu: $(READY)-gguf $(PEERS:%=$(BENCH)/%/.installed-$(PEER_KEY))
 	$(BIN)/python kernels/bench/gpu.py $(addprefix --peer-python ,$(PEER_PYTHONS)) $(ARGS)

@@ -12,22 +12,19 @@ First what the device can do (copy, matrix product, gather), and last again. Bet
 one per implementation, timed in turns. Each is checked before: ours op by op with float64 at full size, with
 hostile inputs and over ten steps; it is not timed if it is off or two runs differ in a bit. What does not
 fit is reported as out of memory; what the time budget leaves no room for, as not run. Ends with the loss
-curve: ours against float32; and with small SAEs together. Exits 1 if anything of ours failed.
+curve: ours against float32; and with small SAEs together. Exits 1 if anything of ours failed. The file of
+--json is written again after every wave: a run that is cut short leaves what it has measured.
 
 Other libraries need an environment each: --peer-python sparsify=.venv-bench/sparsify/bin/python names it
 (`make bench-cpu` makes them); without it, what this Python can import is run.
 """
 
 import argparse
-import json
 import os
-import platform
-import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -35,41 +32,12 @@ import gpu_plan
 import gpu_table
 from gpu_adversarial import TRIALS
 from gpu_plan import IMPLEMENTATIONS, MORE_SHAPES, SHAPES
+from gpu_report import Report
 from gpu_rounds import Session
 
 TOGETHER_S = 60.0  # to compile the kernels once more, for a small shape
 CURVE_S = 150.0  # of a GPU's time for 2,000 steps twice
 AFTER_S = 25.0  # left for the second ceilings
-
-
-def describe(device: str, backend: str) -> dict[str, Any]:
-    """Hardware and versions."""
-    import torch
-    import triton
-
-    found = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-    }
-    if device == "cpu":
-        interpreted = "ms in the interpreter" if backend == "triton" else "ms on a CPU"
-        return found | {"device": "interpreter" if backend == "triton" else "cpu", "unit": interpreted}
-    card = torch.cuda.get_device_properties(0)
-    query = ["nvidia-smi", "--query-gpu=driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"]
-    try:
-        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
-    except (OSError, subprocess.CalledProcessError) as error:  # ROCm has another tool
-        driver = f"unknown ({error})"
-    return found | {
-        "device": card.name,
-        "memory_bytes": card.total_memory,
-        "multiprocessors": card.multi_processor_count,
-        "driver, power limit, clock": driver,
-        "cuda": torch.version.cuda or torch.version.hip,
-        "unit": "ms",
-    }
 
 
 def parse() -> argparse.Namespace:
@@ -88,7 +56,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", type=Path, help="file with recorded rows [M, D], safetensors")
     parser.add_argument("--peer-python", nargs="+", action="extend", default=[], metavar="NAME=PATH")
     parser.add_argument(
-        "--budget-s", type=float, help="nothing runs on after this; default 570, on a CPU 3600"
+        "--budget-s", type=float, help="nothing runs on after this; default 550, on a CPU 3600"
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=20)
@@ -117,49 +85,45 @@ def parse() -> argparse.Namespace:
             a.shapes = [*a.shapes, *gpu_plan.recorded_shapes(a.rows, a.shapes)]
         except (OSError, ValueError) as error:
             parser.error(f"--rows {a.rows}: {error}")
-    a.budget_s = a.budget_s or (3600.0 if a.device == "cpu" else 570.0)
+    a.budget_s = a.budget_s or (3600.0 if a.device == "cpu" else 550.0)
     if a.curve_steps is None:
         a.curve_steps = 200 if a.device == "cpu" else 0 if a.quick else 2000
     return a
 
 
-def run_waves(a: argparse.Namespace, session: Session, free: float, end_s: float) -> list[dict[str, Any]]:
+def run_waves(a: argparse.Namespace, session: Session, report: Report, free: float, end_s: float) -> None:
     """Results of all cases, those of greatest value first; `end_s` seconds of the budget are left alone."""
-    problems = {shape: gpu_plan.problem(shape, str(a.rows or "")) for shape in a.shapes}
     plan = {shape: gpu_plan.cases(shape, a.quick, a.only) for shape in a.shapes}
-    results: list[dict[str, Any]] = []
     broken: set[str] = set()  # shapes at which our main case failed: nothing is timed beside it
     for level in (number - 1 for number in a.levels):
-        for shape, p in problems.items():
-            wanted, p = plan[shape][level] if level < len(plan[shape]) else [], problems[shape]
+        for shape, p in report.problems.items():
+            wanted = plan[shape][level] if level < len(plan[shape]) else []
             wanted = [c for c in wanted if not (c.get("anchor") and shape in broken)]
             fits = [c for c in wanted if gpu_plan.least_bytes(p, c) <= 0.97 * free]
-            results += [
-                c | {"failed": f"out of memory: parameters take {gpu_plan.least_bytes(p, c) / 1e9:.0f} GB"}
-                for c in wanted
-                if c not in fits
-            ]
+            for case in wanted:
+                if case not in fits:
+                    room = f"parameters take {gpu_plan.least_bytes(p, case) / 1e9:.0f} GB"
+                    report.add([case | {"failed": f"out of memory: {room}"}])
             for wave in gpu_plan.waves(p, fits, free) if fits else []:
                 needed = sum(gpu_plan.estimated_s(p, c, a.repeats) for c in wave) + 10
                 if session.left() - end_s < (needed if a.device == "cuda" else 0):
-                    results += [
-                        c | {"failed": "not run: the time budget"} for c in wave if not c.get("anchor")
-                    ]
+                    left_out = [c for c in wave if not c.get("anchor")]
+                    report.add([c | {"failed": "not run: the time budget"} for c in left_out])
                     continue
-                results += session.wave(wave)
-                if any(r["impl"] == "ours" and "failed" in r for r in results if r["shape"] == shape):
+                results = session.wave(wave)
+                report.add(results)
+                if any(gpu_plan.is_main(r) and "failed" in r for r in results):
                     broken.add(shape)
-    return results
 
 
 def main() -> int:
+    started = time.perf_counter()
     a = parse()
     import torch
 
     if a.device == "cuda" and not torch.cuda.is_available():
         print("gpu.py: there is no CUDA device; --device cpu tries this script without one", file=sys.stderr)
         return 2
-    started = time.perf_counter()
     job = {
         "device": a.device,
         "backend": a.backend,
@@ -169,54 +133,44 @@ def main() -> int:
         "rows": str(a.rows.resolve()) if a.rows else "",
         "curve_steps": a.curve_steps,
     }
-    report: dict[str, Any] = {"about": describe(a.device, a.backend), "arguments": " ".join(sys.argv[1:])}
+    problems = {shape: gpu_plan.problem(shape, str(a.rows or "")) for shape in a.shapes}
+    report = Report(a.json, a.device, a.backend, problems)
+    report.say(arguments=" ".join(sys.argv[1:]), budget_s=a.budget_s, rounds=a.rounds)
     with tempfile.TemporaryDirectory() as folder:
         session = Session(job, started + a.budget_s, Path(folder), a.pythons, a.rounds, a.repeats)
-        report |= {"ceilings": {}, "shapes": [], "problems": {}, "results": []}
         everything = not (a.curve or a.together)
         if everything:
-            report |= measure(a, session)
+            measure(a, session, report)
         curve_s = CURVE_S if a.device == "cuda" else 20
         if a.curve_steps and (a.curve or (everything and session.left() > curve_s)):
             # On a CPU our fast backend stands in for the interpreter, which would take hours.
             curve = {"backend": "cpu"} if a.device == "cpu" else {}
-            report["curve"] = session.single("curve", [], 400.0, **curve)
+            report.say(curve=session.single("curve", [], 400.0, **curve))
         elif a.curve_steps and everything:
-            report["curve"] = {"failed": "not run: the time budget; --curve runs it alone"}
+            report.say(curve={"failed": "not run: the time budget; --curve runs it alone"})
         if a.together or (everything and session.left() > TOGETHER_S):
             small = {"repeats": 1, "saes": 2} if a.device == "cpu" else {"saes": 10}
-            report["together"] = session.single("together", [], 400.0, **{"repeats": a.repeats} | small)
+            report.say(together=session.single("together", [], 400.0, **{"repeats": a.repeats} | small))
         elif everything:
-            report["together"] = {"failed": "not run: the time budget; --together runs it alone"}
-    report |= {"elapsed_s": time.perf_counter() - started, "budget_s": a.budget_s, "rounds": a.rounds}
-    print(gpu_table.table(report))
-    if a.json:
-        a.json.parent.mkdir(parents=True, exist_ok=True)
-        a.json.write_text(json.dumps(report, indent=1) + "\n")
-    return 1 if failures(report) else 0
+            report.say(together={"failed": "not run: the time budget; --together runs it alone"})
+        report.say(elapsed_s=time.perf_counter() - started)
+    print(gpu_table.table(report.all))
+    return 1 if failures(report.all) else 0
 
 
-def measure(a: argparse.Namespace, session: Session) -> dict[str, Any]:
-    """Everything but the curve."""
+def measure(a: argparse.Namespace, session: Session, report: Report) -> None:
+    """Everything but the curve and what steps together."""
     before = session.single("ceilings", a.shapes)
+    report.ceilings("before", before)
     if "failed" in before:
-        return {"ceilings": {"before": before}}
+        return
     free = before["free_bytes"] or float("inf")  # the interpreter's shape takes next to nothing
     references = {shape: str(session.reference(shape)) for shape in a.shapes}
-    session.single("reference", a.shapes, references=references)
+    report.say(shapes=a.shapes, problems={shape: asdict(p) for shape, p in report.problems.items()})
+    report.say(references=session.single("reference", a.shapes, references=references))
     # The curve gets what is left, if that is enough: timing side by side comes first.
-    results = run_waves(a, session, free, AFTER_S)
-    after = session.single("ceilings", a.shapes)
-    problems = {shape: gpu_plan.problem(shape, str(a.rows or "")) for shape in a.shapes}
-    top = gpu_table.mean_ceilings(before["ceilings"], after.get("ceilings", {}))
-    for result in results:
-        gpu_table.add_shares(result, problems[result["shape"]], top)
-    return {
-        "ceilings": {"before": before["ceilings"], "after": after.get("ceilings", after)},
-        "shapes": a.shapes,
-        "problems": {shape: asdict(p) for shape, p in problems.items()},
-        "results": results,
-    }
+    run_waves(a, session, report, free, AFTER_S)
+    report.ceilings("after", session.single("ceilings", a.shapes))
 
 
 def failures(report: dict[str, Any]) -> list[str]:
@@ -230,7 +184,8 @@ def failures(report: dict[str, Any]) -> list[str]:
     found += [
         f"ceilings {when}: {top['failed']}" for when, top in report["ceilings"].items() if "failed" in top
     ]
-    for name, told in (("curve", "loss curve"), ("together", "SAEs together")):
+    parts = (("references", "float64 references"), ("curve", "loss curve"), ("together", "SAEs together"))
+    for name, told in parts:
         part = report.get(name, {})
         if "wrong" in part or not part.get("failed", "not run").startswith(excused):
             found.append(f"{told}: {part.get('wrong', part.get('failed'))}")

@@ -9,7 +9,9 @@ from collections.abc import Callable
 
 import torch
 from gpu_problem import CHUNK, Problem
+from gpu_state import master_rows
 from sae_kernels import DeadGrads, Latents
+from sae_kernels.chunked_step import rows_of
 from torch import Tensor
 
 Trial = Callable[[Problem, Latents, Tensor], tuple[Tensor, DeadGrads | None]]
@@ -24,17 +26,19 @@ def equal_rows(p: Problem, latents: Latents, x: Tensor) -> tuple[Tensor, None]:
 
 def equal_latents(p: Problem, latents: Latents, x: Tensor) -> tuple[Tensor, None]:
     """All encoder rows are the same: all F pre-activations of a row tie."""
-    master = latents.w_enc.master()
-    latents.w_enc.store(master[:1].expand_as(master))
+    first = master_rows(latents.w_enc, slice(1)).float()
+    for rows in _parts(p):
+        rows_of(latents.w_enc, rows).store(first.expand(rows.stop - rows.start, -1))
     return x, None
 
 
 def ties_at_k(p: Problem, latents: Latents, x: Tensor) -> tuple[Tensor, None]:
     """Encoder rows in groups of equals whose size does not divide k: the k-th place cuts through a group."""
     size = next(s for s in range(2, p.k + 2) if p.k % s)
-    master = latents.w_enc.master()
-    first = torch.arange(p.f, device=x.device) // size * size
-    latents.w_enc.store(master[first].bfloat16().float())  # a bfloat16 number: products keep the tie
+    for rows in reversed(_parts(p)):  # from the end: a part copies rows of its own or of the one before it
+        first = torch.arange(rows.start, rows.stop, device=x.device) // size * size
+        copied = master_rows(latents.w_enc, first).bfloat16()  # a bfloat16 number: products keep the tie
+        rows_of(latents.w_enc, rows).store(copied.float())
     return x, None
 
 
@@ -55,6 +59,12 @@ def one_everywhere(p: Problem, latents: Latents, x: Tensor) -> tuple[Tensor, Non
     """One latent fires in every row."""
     latents.b_enc.value[p.f // 3] = 2 * float(x.float().norm(dim=1).max()) + 1
     return x, None
+
+
+def _parts(p: Problem) -> list[slice]:
+    """Latents, in slices whose masters take next to nothing beside the parameters of the largest shapes."""
+    step = max(1, CHUNK // p.d)
+    return [slice(start, min(start + step, p.f)) for start in range(0, p.f, step)]
 
 
 def dead(share: float) -> Trial:
@@ -86,5 +96,5 @@ TRIALS: dict[str, Trial] = {
 
 
 def extra_bytes(p: Problem, name: str) -> int:
-    """What a trial holds beyond the step: masters in float32, or gradients of all latents."""
-    return p.f * p.d * {"all dead": 8, "equal latents": 4, "ties at k": 10}.get(name, 0)
+    """What a trial holds beyond the step: gradients of all latents."""
+    return p.f * p.d * {"all dead": 8}.get(name, 0)

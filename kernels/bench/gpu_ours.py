@@ -124,18 +124,25 @@ def adversarial(p: Problem, fmt: str, clip: str, x: Tensor, names: list[str], en
     for name in names:
         if encoder_only and name.endswith("dead"):
             continue
-        latents = make_latents(p, fmt, x.device.type, noisy_moments=True)
-        if x.is_cuda and extra_bytes(p, name) > 0.8 * torch.cuda.mem_get_info()[0]:
-            found[name] = f"not run: takes {extra_bytes(p, name) / 1e9:.0f} GB more"
-            continue
-        rows, dead = TRIALS[name](p, latents, x)
+        if x.is_cuda:
+            torch.cuda.empty_cache()  # so that what is free shows, to the check and to the other processes
         try:
-            errors = check(p, fmt, clip, [rows], latents, dead, encoder_only)
+            found[name] = _survive(p, fmt, clip, x, name, encoder_only)
         except Wrong as error:
             raise Wrong(f"{name}: {error}") from error
-        found[name] = max(v for op in errors.values() for v in op.values())
-        del latents, dead
+        except torch.OutOfMemoryError:
+            found[name] = "not run: out of memory"
     return found
+
+
+def _survive(p: Problem, fmt: str, clip: str, x: Tensor, name: str, encoder_only: bool) -> float | str:
+    """The largest error of a trial; what it takes is free again when this returns."""
+    latents = make_latents(p, fmt, x.device.type, noisy_moments=True)
+    if x.is_cuda and extra_bytes(p, name) > 0.8 * torch.cuda.mem_get_info()[0]:
+        return f"not run: takes {extra_bytes(p, name) / 1e9:.0f} GB more"
+    rows, dead = TRIALS[name](p, latents, x)
+    errors = check(p, fmt, clip, [rows], latents, dead, encoder_only)
+    return max(v for op in errors.values() for v in op.values())
 
 
 def ten_steps(p: Problem, fmt: str, clip: str, batches: list[Tensor], steps: int) -> dict[str, Any]:
@@ -263,16 +270,26 @@ def stages(step: OurStep) -> dict[str, Part]:
 
 def capture(step: OurStep) -> Part | str:
     """Replays of the step captured once, or why it cannot be."""
+    stream, norm = torch.cuda.current_stream(), step.norm.clone()
     try:
-        step.norm = step.norm.clone()
         graph = torch.cuda.CUDAGraph()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             step(0)
         torch.cuda.current_stream().wait_stream(side)
+        step.norm = norm  # read and written where it lies: each replay clips by the norm of the one before
         with torch.cuda.graph(graph):
             step(0)
+            norm.copy_(step.norm)
     except RuntimeError as error:
+        torch.cuda.set_stream(stream)  # a capture that breaks may leave its own behind
         return f"cannot be captured: {str(error).splitlines()[0]}"
-    return lambda i: graph.replay()
+    finally:
+        step.norm = norm
+
+    def replay(i: int) -> Tensor:
+        graph.replay()
+        return norm  # which lives as long as this
+
+    return replay

@@ -66,7 +66,11 @@ def compare(path: str, mse: float, moment: Tensor | None) -> dict[str, float]:
 
     Args:
         mse: squared error per element of the first batch.
-        moment: [F, D] anything in proportion to the gradient of w_enc, or None."""
+        moment: [F, D] anything in proportion to the gradient of w_enc, or None.
+
+    Empty where there is no such file: that it could not be made has been reported."""
+    if not Path(path).exists():
+        return {}
     want = torch.load(path, weights_only=True)
     loss = {"loss": abs(mse / want["mse"] - 1)}
     if moment is None:

@@ -23,6 +23,7 @@ from gpu_timing import summary
 HERE = Path(__file__).parent
 START_S, PREPARE_S, ASK_S = 120.0, 240.0, 60.0  # most seconds of a GPU for an answer; a busy CPU gets
 PATIENCE = 5  # times as long
+LOG_END = 8000  # characters
 QUIET = {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
 ON_CPU = {"TRITON_INTERPRET": "1", "SPARSIFY_DISABLE_TRITON": "1", "CUDA_VISIBLE_DEVICES": ""}
 ON_CPU["OMP_NUM_THREADS"] = "1"  # the interpreter's shape has no work for two
@@ -100,13 +101,19 @@ class Worker:
             self.process.kill()
             self.process.wait()
 
+    def failure(self) -> dict[str, str]:
+        """Why there is no answer, and the end of what the process has printed: its folder will be gone."""
+        if self.failed.startswith("not run"):
+            return {"failed": self.failed}
+        return {"failed": self.failed, "log": self.log.read_text(errors="replace")[-LOG_END:]}
+
     def result(self) -> dict[str, Any]:
         """What the report has of this case."""
         settings = ("adversarial", "anchor", "checked", "stages")
         base = {k: v for k, v in self.case.items() if k not in settings}
         base |= self.found
         if self.failed:
-            return base | {"failed": self.failed}
+            return base | self.failure()
         timed = {part: summary(rounds) for part, rounds in self.rounds.items() if rounds}
         base |= {"ms": timed.pop("step"), "host_ms": sum(self.host_ms) / len(self.host_ms)}
         if "graph" in timed:
@@ -174,7 +181,7 @@ class Session:
         finally:
             worker.stop()
         self.say(f"{impl} {' '.join(shapes)}: {worker.failed or 'done'}")
-        return {"failed": worker.failed} if worker.failed else found
+        return worker.failure() if worker.failed else found
 
     def wave(self, cases: list[gpu_plan.Case]) -> list[dict[str, Any]]:
         """Results of cases that are alive together, in their order; those timed beside ours with a ratio."""
@@ -214,7 +221,7 @@ class Session:
 
     def _results(self, workers: list[Worker], seconds: float) -> list[dict[str, Any]]:
         results = [w.result() | {"wave": self.num_waves} for w in workers]
-        main = next((r for w, r in zip(workers, results, strict=True) if _is_main(w.case)), None)
+        main = next((r for w, r in zip(workers, results, strict=True) if gpu_plan.is_main(w.case)), None)
         for result in results:
             if main is not None and "ms" in main and "ms" in result:
                 pairs = zip(result["ms"]["rounds"], main["ms"]["rounds"], strict=True)
@@ -224,7 +231,3 @@ class Session:
             self.say(f"{result['shape']} {gpu_plan.name(result)}: {said}")
         self.say(f"wave {self.num_waves}: {seconds:.0f} s")
         return [r for w, r in zip(workers, results, strict=True) if not w.case.get("anchor")]
-
-
-def _is_main(case: gpu_plan.Case) -> bool:
-    return case["impl"] == "ours" and (case["format"], case["clip"], case["encoder"]) == gpu_plan.OURS[0][1:]

@@ -1,5 +1,6 @@
 """The report of the GPU benchmark for people, and the shares of what the device can do."""
 
+from statistics import fmean
 from typing import Any
 
 import gpu_plan
@@ -33,9 +34,10 @@ def add_shares(result: dict[str, Any], p: Problem, top: dict[str, float]) -> Non
         result["stage_shares"] = {k: floor[k] / t["median"] for k, t in result.get("stages", {}).items()}
 
 
-def mean_ceilings(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
-    """What shares refer to."""
-    return {k: (v + after.get(k, v)) / 2 for k, v in before.items()}
+def mean_ceilings(measured: list[dict[str, float]]) -> dict[str, float]:
+    """What shares refer to: of those measured before, and after if they are known."""
+    names = measured[0] if measured else ()
+    return {name: fmean(each[name] for each in measured) for name in names}
 
 
 def table(report: dict[str, Any]) -> str:

@@ -70,6 +70,7 @@ class Clock:
 
     def rate(self, run: Callable[[int], object]) -> float:
         """Median milliseconds of a short operation, after warming up."""
+        run(0)  # may load a library
         each, most_s = self.once(run) / 1e3, CEILING_S if self.device == "cuda" else 0.1
         for i in range(max(1, min(20, int(most_s / 6 / each)))):
             run(i)

@@ -56,9 +56,13 @@ def special(job: dict[str, Any]) -> Answer:
 
         with use_backend(job["backend"]):
             return gpu_together.run(device, job["repeats"], job["saes"])
+    failed = []
     for p in problems:
-        gpu_reference.write(p, device, job["references"][p.name])
-    return {}
+        try:
+            gpu_reference.write(p, device, job["references"][p.name])
+        except torch.OutOfMemoryError:  # what else goes wrong here goes wrong at every shape
+            failed.append(f"{p.name} takes more memory than there is")
+    return {"failed": ", ".join(failed)} if failed else {}
 
 
 def serve(job: dict[str, Any], answer: Callable[[Answer], None]) -> None:

@@ -4,17 +4,12 @@ import logging
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
-from tenacity import (
-    RetryCallState,
-    Retrying,
-    retry_if_exception,
-    stop_after_attempt,
-    wait_exponential,
-)
+from typing import TYPE_CHECKING, Any
 
 from sae_train import stop
+
+if TYPE_CHECKING:
+    from tenacity import RetryCallState
 
 log = logging.getLogger("sae_train.harvest")
 
@@ -46,8 +41,10 @@ class Retry:
         Raises:
             Interrupted: the process is asked to stop while this waits.
         """
+        # Not above: trainers import this file, and kernels are benchmarked where little more than torch is.
+        from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
-        def note(state: RetryCallState) -> None:
+        def note(state: "RetryCallState") -> None:
             error = state.outcome.exception() if state.outcome else None
             log.warning(
                 "%s failed (attempt %d of %d): %s", what, state.attempt_number, self.attempts, one_line(error)

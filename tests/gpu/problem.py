@@ -33,6 +33,7 @@ EPS = 2.0**-24  # float32 unit roundoff; a sum of m terms drifts by about m * EP
 BF16_EPS = 2.0**-8
 needs_gpu = [
     pytest.mark.gpu,
+    pytest.mark.xdist_group("real sizes"),  # one at a time: each takes gigabytes
     pytest.mark.timeout(600),
     pytest.mark.skipif(
         not (HAS_CUDA or TINY),

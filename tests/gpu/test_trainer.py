@@ -39,12 +39,10 @@ def plain_memory() -> Iterator[None]:
         yield
 
 
-def make_member(w: Tensor) -> Member:
+def make_member(w: Tensor, k: int = SIZE.k, lr: float = LR) -> Member:
     """Weights near the dictionary of the rows; a tenth of the latents cannot fire, and count as dead."""
-    sae = LinearConfig(
-        d_sae=SIZE.f, activation=TopKConfig(k=SIZE.k), input_scale="none", dead_after_tokens=SIZE.n
-    )
-    config = MemberConfig("main", "rows", 0, sae, OptimConfig(lr=LR, warmup=0.0, decay=0.0, clip=1.0))
+    sae = LinearConfig(d_sae=SIZE.f, activation=TopKConfig(k=k), input_scale="none", dead_after_tokens=SIZE.n)
+    config = MemberConfig("main", "rows", 0, sae, OptimConfig(lr=lr, warmup=0.0, decay=0.0, clip=1.0))
     member = Member(config, SIZE.d, STEPS, 10**9, 0.0, torch.device(DEVICE))
     with torch.no_grad():
         noise = torch.randn(w.shape, generator=draws(7), device=DEVICE) * (0.3 / SIZE.d**0.5)
@@ -89,6 +87,32 @@ def test_fused_steps_at_real_size_are_those_of_autograd(autocast):
         mine, other = getattr(two.stats, field), getattr(one.stats, field)
         assert int((mine - other).abs().sum()) <= of_firings * int(other.sum()) + 2, field
     assert one.stats.tokens == two.stats.tokens == STEPS * SIZE.n
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+def test_saes_that_share_launches_are_those_that_take_turns(autocast):
+    """Each with a k and a learning rate of its own. Products and norms may be summed in another order."""
+    _, of_moves, of_firings = APART[autocast]
+    w = dictionary(SIZE)
+    settings = [(SIZE.k, LR), (SIZE.k // 2, LR / 3), (SIZE.k - 1, LR)]
+    alone, together = ([make_member(w, *each) for each in settings] for _ in "ab")
+    before = make_member(w).sae.w_dec.detach()
+    stepper = FusedStepper(autocast, len(settings))
+    assert stepper.units(together) == [together]
+    rows = [make_rows(SIZE, w, 10 + i) + 0.5 for i in range(BATCHES)]
+    for i in range(STEPS):
+        batch = Batch(rows[i % BATCHES], rows[i % BATCHES])
+        want = [FusedStepper(autocast).step(member, batch) for member in alone]
+        got = stepper.step_together(together, [batch] * len(together))
+        for number, (a, b) in enumerate(zip(want, got, strict=True)):
+            told = pytest.approx(float(a.losses.terms["mse"]), rel=APART[autocast][0])
+            assert float(b.losses.terms["mse"]) == told, (i, number)
+    for number, (one, two) in enumerate(zip(alone, together, strict=True)):
+        moved = one.sae.w_dec.detach() - before
+        assert rms(moved) > 0.1 * settings[number][1], number
+        assert rms(two.sae.w_dec.detach() - one.sae.w_dec.detach()) <= of_moves * rms(moved), number
+        mine, other = two.stats.counts, one.stats.counts
+        assert int((mine - other).abs().sum()) <= of_firings * int(other.sum()) + 2, number
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)

@@ -4,11 +4,14 @@ The tests' root conftest has set TRITON_INTERPRET=1 if there is no CUDA device: 
 Python on CPU tensors. A test that is parametrised over backends is skipped where Triton says that it
 cannot take the tensors: float64 anywhere, and CPU tensors on a machine whose GPU it compiles for.
 
+On a GPU these tests carry the mark `gpu`, but for those of the compile gate and of the benchmark.
+
 Every launch that the interpreter runs here must be one that the compile gate compiles for GPUs (`launches`).
 """
 
 import re
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +27,15 @@ PLACES = [
     for device in DEVICES
     if (name, device) != ("cpu", "cuda") and (name, device, HAS_CUDA) != ("triton", "cpu", True)
 ]
+HERE, WITHOUT_GPU = Path(__file__).parent, ("test_compile_gate.py", "test_gpu_bench.py")
 NOT_FOR_TRITON = re.compile(r"backend 'triton' cannot run \w+: (a tensor is (float64|on cpu)\b.*)")
+
+
+@pytest.hookimpl(tryfirst=True)  # before marks are selected by
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HAS_CUDA and item.path.parent == HERE and item.path.name not in WITHOUT_GPU:
+            item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture(params=PLACES, ids="-".join)

@@ -25,6 +25,7 @@ MODULES = (
     "plan",
     "problem",
     "reference",
+    "report",
     "rounds",
     "state",
 )
@@ -184,6 +185,59 @@ def test_every_hostile_input_is_survived_and_checked_in_full(bench, job):
     assert found["first_step"]["gradient"] < 0.05
 
 
+@pytest.mark.parametrize("fmt", ["fp32", "split"])
+def test_hostile_weights_are_written_in_parts(bench, monkeypatch, fmt):
+    """With a part of three latents, which does not divide the groups of two that tie."""
+    p = bench.problem.PROBLEMS["tiny"]
+    x = bench.problem.make_batches(p, bench.problem.dictionary(p, "cpu"))[0]
+    before = bench.state.make_latents(p, fmt, "cpu").w_enc.master()
+    monkeypatch.setattr(bench.adversarial, "CHUNK", 3 * p.d)
+    equal, tied = (bench.state.make_latents(p, fmt, "cpu") for _ in "ab")
+    bench.adversarial.equal_latents(p, equal, x)
+    assert torch.equal(equal.w_enc.master(), before[:1].expand_as(before))
+    bench.adversarial.ties_at_k(p, tied, x)
+    assert p.k == 3 and torch.equal(
+        tied.w_enc.master(), before[torch.arange(p.f) // 2 * 2].bfloat16().float()
+    )
+    assert torch.equal(tied.w_enc.product().float(), tied.w_enc.master())
+
+
+def test_a_report_is_whole_after_every_addition(bench, tmp_path):
+    file = tmp_path / "docs" / "report.json"
+    p = bench.plan.problem("tiny")
+    report = bench.report.Report(file, "cpu", "cpu", {"tiny": p})
+    top = {f"{what}_tiny_{unit}": 2.0 for what, unit in (("gather_x", "gb_s"), ("gather_w", "gb_s"))}
+    top |= {"gemm_tiny_tflops": 2.0, "copy_gb_s": 2.0}
+    report.ceilings("before", {"ceilings": top})
+    timed = {"impl": "dense", "shape": "tiny", "ms": {"median": 5.0}}
+    report.add([timed, {"impl": "ours", "shape": "tiny", "failed": "wrong: w_dec"}])
+    first = json.loads(file.read_text())
+    assert first["results"][0]["times_gemm"] > 0 and first["ceilings"] == {"before": top}
+    report.ceilings("after", {"ceilings": {name: 2 * each for name, each in top.items()}})
+    last = json.loads(file.read_text())
+    assert last["results"][0]["times_gemm"] == pytest.approx(1.5 * first["results"][0]["times_gemm"])
+    assert [path.name for path in file.parent.iterdir()] == ["report.json"]
+    report.ceilings("after", {"failed": "ended with 1"})
+    assert report.all["results"][0]["times_gemm"] == pytest.approx(first["results"][0]["times_gemm"])
+
+
+def test_a_reference_that_could_not_be_made_is_told_and_others_are_compared_without(
+    bench, monkeypatch, tmp_path
+):
+    def full(p: Any, device: str, path: str) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    worker = importlib.import_module("gpu_worker")
+    monkeypatch.setattr(bench.reference, "write", full)
+    file = str(tmp_path / "none.pt")
+    case = {"impl": "reference", "shapes": ["tiny"]}
+    told = worker.special({"case": case, "device": "cpu", "rows": "", "references": {"tiny": file}})
+    assert told == {"failed": "tiny takes more memory than there is"}
+    report = {"results": [], "ceilings": {}, "references": told}
+    assert bench.main.failures(report) == [f"float64 references: {told['failed']}"]
+    assert bench.reference.compare(file, 1.0, None) == {}
+
+
 @pytest.mark.parametrize(
     ("trial", "spoil"),
     [
@@ -284,10 +338,14 @@ def test_a_worker_that_dies_is_reported_and_the_wave_goes_on(bench, tmp_path, jo
     rounds = bench.rounds
     cases = [c for c in bench.plan.cases("tiny", False, ["dense", "sparsify"])[0]]
     job |= {"device": "cpu", "warmup": 0, "rows": ""}
-    session = rounds.Session(job, time.perf_counter() + 3000, tmp_path, {"sparsify": "/bin/false"}, 3, 4)
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho the first line\necho an error\nexit 1\n")
+    broken.chmod(0o755)
+    session = rounds.Session(job, time.perf_counter() + 3000, tmp_path, {"sparsify": str(broken)}, 3, 4)
     session.reference("tiny").write_bytes(Path(job.pop("reference")).read_bytes())
     dense, sparsify = session.wave(cases)
-    assert sparsify["failed"].startswith("ended with 1")
+    assert sparsify["failed"] == "ended with 1: an error"
+    assert sparsify["log"] == "the first line\nan error\n"
     assert len(dense["ms"]["rounds"]) == 3 and dense["ms"]["repeats"] == 6
 
 
