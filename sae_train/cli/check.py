@@ -55,6 +55,18 @@ def check(config: Config) -> None:
             raise InputError("train.batch_tokens", config.train.batch_tokens, wanted)
 
 
+def check_rows(config: Config, most_rows: int | None) -> None:
+    """A run that would go through all of its rows and then fail says so before it begins."""
+    if most_rows is None or config.corpus.allow_short:
+        return
+    if config.train.steps * config.train.batch_tokens > most_rows:
+        wanted = (
+            f"at most {most_rows}, the rows that source={config.source.name} has; with more passes "
+            "(source.epochs) it has more, and corpus.allow_short=true ends with the rows"
+        )
+        raise InputError("train.tokens", config.train.tokens, wanted)
+
+
 def check_widths(wanted: list[MemberConfig], dims: Mapping[str, int], split: Split) -> None:
     """Build every member without memory: what does not fit its hook's width says so before weights load."""
     for member in wanted:

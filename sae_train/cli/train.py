@@ -15,7 +15,7 @@ from sae_kernels import use_backend
 
 from sae_train import stop
 from sae_train.checkpoint import Checkpointer
-from sae_train.cli.check import check, check_widths, hooks_of
+from sae_train.cli.check import check, check_rows, check_widths, hooks_of
 from sae_train.cli.compose import run_composed
 from sae_train.cli.finish import finish, timed
 from sae_train.cli.fit import refuse_unfit
@@ -155,6 +155,7 @@ def _run(
 
         wired = wire(config, hooks_of(wanted), device, chosen, check_members, ranks)
     try:
+        ranks.all_do(lambda: check_rows(config, wired.most_rows))
         for member in wanted:
             member.hook = "+".join(map(wired.key, member.places.inputs))
             member.target = "+".join(map(wired.key, member.places.targets)) or None

@@ -56,6 +56,7 @@ class Wired:
         splice: cross-entropy with an SAE in the model's place; None where there is no language model.
         heldout_shards: the held-out rows as shards, outlier tokens included.
         description: facts about model and data for a published SAE.
+        most_rows: training rows over all epochs, or None where only reading the text would tell.
     """
 
     shards: ShardStream
@@ -65,6 +66,7 @@ class Wired:
     splice: Splice | None
     heldout_shards: Callable[[], ShardStream]
     description: dict[str, Any]
+    most_rows: int | None = None
     through: EndToEnd | None = None
     """The language model to train through, if `train.loss` is its own; batches are then of windows."""
 
@@ -243,7 +245,7 @@ def _stream(
         splice if any(causal.values()) else None,
         heldout_shards,
         lm.description | {"corpus": config.corpus.name, "fingerprint": identity},
-        through,
+        through=through,
     )
 
 
@@ -257,7 +259,11 @@ def _shards(
     check_widths(shards.dims)
     heldout = folder / HELDOUT
     return _without_model(
-        config, shards, lambda: DiskShards(heldout, list(shards.dims), device=device), device
+        config,
+        shards,
+        lambda: DiskShards(heldout, list(shards.dims), device=device),
+        device,
+        shards.most_rows,
     )
 
 
@@ -309,18 +315,25 @@ def _synthetic(
 
 
 def _producer(
-    config: Config, rows: Callable[[str], RowProducer], device: torch.device, check_widths: CheckWidths
+    config: Config,
+    rows: Callable[[str], TensorRows | SyntheticRows],
+    device: torch.device,
+    check_widths: CheckWidths,
 ) -> Wired:
-    def shards(split: str) -> ShardStream:
-        return PermutedShards(rows(split), config.source.seed, config.source.lanes)
+    def shards(producer: RowProducer) -> ShardStream:
+        return PermutedShards(producer, config.source.seed, config.source.lanes)
 
-    train = shards("train")
+    train = rows("train")
     check_widths(train.dims)
-    return _without_model(config, train, lambda: shards(HELDOUT), device)
+    return _without_model(config, shards(train), lambda: shards(rows(HELDOUT)), device, train.most_rows)
 
 
 def _without_model(
-    config: Config, shards: ShardStream, heldout_shards: Callable[[], ShardStream], device: torch.device
+    config: Config,
+    shards: ShardStream,
+    heldout_shards: Callable[[], ShardStream],
+    device: torch.device,
+    most_rows: int,
 ) -> Wired:
     def key(hook: str) -> str:
         if hook == "auto" and len(shards.dims) == 1:
@@ -342,4 +355,5 @@ def _without_model(
         None,
         heldout_shards,
         {"source": config.source.name, "fingerprint": dict(shards.fingerprint)},
+        most_rows,
     )

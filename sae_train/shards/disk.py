@@ -323,6 +323,7 @@ class DiskShards:
                     f"a shard: the harvest has {harvest.shards}; run the same harvest command again",
                 )
         self.harvest, self.lanes = harvest, harvest.lanes
+        self.most_rows = harvest.rows * epochs
         self.hooks = list(hooks) if hooks is not None else list(harvest.dims)
         self.dims: Mapping[str, int] = {hook: harvest.dims[hook] for hook in self.hooks}
         self.fingerprint: Mapping[str, str] = dict(harvest.fingerprint)

@@ -38,7 +38,7 @@ class SourceConfig:
     shard_tokens: int = 65536
     """Tokens per shard before filtering: the range over which rows are shuffled."""
     lanes: int = 8
-    """Logical lanes; a number of processes that divides it sees the same rows at the same step."""
+    """Logical lanes of a shard: the most processes that can share a harvest. Part of the row order."""
     prefetch: int = 1
     """Shards harvested ahead in the background. 0: none, harvest and training take turns."""
     epochs: int = 1

@@ -163,6 +163,7 @@ class SyntheticRows:
     Attributes:
         features: [features, d] float32 unit rows, commonest first.
         frequencies: [features] float64.
+        most_rows: rows over all epochs.
     """
 
     def __init__(
@@ -183,6 +184,7 @@ class SyntheticRows:
         self._total = config.rows if split == "train" else max(1, round(holdout * config.rows))
         self._shards = -(-self._total // shard_tokens)  # per epoch
         self._epochs = epochs if split == "train" else 1
+        self.most_rows = self._total * self._epochs
         self.features = true_features(config)
         self.frequencies = frequencies(config)
         generator = torch.Generator().manual_seed(stable_seed("bias", config.seed))

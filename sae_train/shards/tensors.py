@@ -42,6 +42,9 @@ class TensorRows:
         epochs: times the rows are gone through; the held-out rows are gone through once.
         device: where the rows go.
 
+    Attributes:
+        most_rows: rows over all epochs, those that are not finite counted.
+
     Raises:
         InputError: a missing file or key, not [n, d], widths or dtypes that differ, too few rows.
     """
@@ -99,6 +102,8 @@ class TensorRows:
                 [str(path) for path in self.paths],
                 f"more rows: {total} leave none for split {split!r} with source.holdout={holdout}",
             )
+        in_chunks = (last - first for _, first, last in (self._chunks[i] for i in self._mine))
+        self.most_rows = sum(in_chunks) * self.epochs
         self.dims: Mapping[str, int] = {key: shapes[0][1]}
         self.fingerprint: Mapping[str, str] = {
             "source": f"tensors {key}, split {split}, holdout {holdout}, seed {seed}, {self.epochs} epochs, "

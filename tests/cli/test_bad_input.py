@@ -94,6 +94,11 @@ def tiny(tiny_model_dir, tiny_corpus_dir, no_pictures) -> list[str]:
         ("sae/activation=topkk", ("sae/activation", "topkk", "topk")),
         ("experiment=demos", ("experiment", "demos", "demo")),
         ("sae.activatoin.k=3", ("sae.activatoin.k", "sae.activation.k")),
+        ("k=3", ("k='3'", "sae.activation.k=3")),
+        ("sae.k=3", ("sae.k='3'", "sae.activation.k=3")),
+        ("activation=jumprelu", ("activation='jumprelu'", "sae/activation=jumprelu")),
+        ("hook=resid_post.1,resid_post.2", ("hook", "[resid_post.1,resid_post.2]", "sweep")),
+        ("sae/activation=jumprelu", ("sae.activation.k", "jumprelu", "target_l0")),
         ("optm.lr=1", ("optm.lr", "optim.lr")),
         ("train.token=5", ("train.token", "train.tokens")),
         ("run.name=a/b", ("run.name", "a/b")),
@@ -121,6 +126,34 @@ def tiny(tiny_model_dir, tiny_corpus_dir, no_pictures) -> list[str]:
 )  # fmt: skip
 def test_a_wrong_value_is_named_before_weights_load(tiny, refused, no_weights, override, words):
     refused(["train", *tiny, override], *words)
+
+
+def test_more_rows_than_there_are_is_answered_before_any_is_read(refused, tmp_path, monkeypatch):
+    """With rows of the user's own, made up, and harvested; a text has to be read to know."""
+    monkeypatch.setattr(Trainer, "fit", None)
+    save_file({"activations": torch.randn(100, 8)}, tmp_path / "rows.safetensors")
+    shared = [
+        "sae.d_sae=16",
+        "sae.activation.k=2",
+        "train.batch_tokens=8",
+        "source.lanes=2",
+        "source.shard_tokens=16",
+    ]
+    made = [
+        "source=synthetic",
+        "source.synthetic={d: 8, features: 16, groups: 2, group_size: 4, l0: 2, rows: 90}",
+    ]
+    own = ["source=tensors", f"source.paths=[{tmp_path / 'rows.safetensors'}]", "source.holdout=0.1"]
+    assert main(["harvest", *made, *shared[2:], "train.tokens=64", "eval.tokens=8", "out=shards"]) == 0
+    harvested = ["source=shards", "source.path=shards"]
+    for source, rows in ((made, 90), (own, 90), (harvested, 64)):
+        refused(
+            ["train", *source, *shared], "train.tokens=10000000", f"at most {rows}, the rows that source="
+        )
+        refused(["train", *source, *shared, f"train.tokens={rows + 8}"], "train.tokens", f"at most {rows}")
+        twice = [f"train.tokens={2 * rows + 8}", "source.epochs=2"]
+        refused(["train", *source, *shared, *twice], "train.tokens", f"at most {2 * rows}")
+    assert not list(tmp_path.glob("runs/*/checkpoints/step-*"))
 
 
 def test_a_wrong_command_or_missing_key_is_answered(refused):
