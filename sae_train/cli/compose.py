@@ -5,6 +5,7 @@ import hashlib
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,14 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sae_train.activations.base import ACTIVATIONS
 from sae_train.cli.multirun import MULTIRUN
 from sae_train.config import register
 from sae_train.errors import InputError, NumericsError, StoppedEarly
 from sae_train.files import CorruptFile
 from sae_train.registry import nearest
+from sae_train.sae.base import SAES
+from sae_train.sweep.axes import ALIASES
 from sae_train.train.resume import flatten
 
 CONFIG_MODULE = "sae_train.conf"
@@ -185,8 +189,11 @@ def _explain(verb: str, overrides: list[str], error: Exception) -> InputError:
             )
         if parsed.is_delete():
             return InputError("override", override, "key=value: keys cannot be deleted")
-        key, value = parsed.key_or_group.replace("/", "."), str(parsed.value())
         group = parsed.key_or_group
+        if parsed.is_sweep_override():
+            told = parsed.get_value_string()
+            return InputError(group, told, f"one value, or a list: [{told}]; sae-train sweep takes several")
+        key, value = group.replace("/", "."), str(parsed.value())
         if f"Could not find '{group}/{value}'" in text:
             return InputError(group, value, nearest(value, options(group)))
         full_key = re.search(r"full_key: (\S+)", text)
@@ -194,6 +201,8 @@ def _explain(verb: str, overrides: list[str], error: Exception) -> InputError:
         if named or f"'{key}'" in text or f"'{group}'" in text:
             known = _known_keys(verb)
             if key not in known and not any(k.startswith(key + ".") for k in known):
+                if full := ALIASES.get(key.rpartition(".")[2]):
+                    return InputError(key, value, f"{full}={value}; short names are for grid and sweep")
                 hint = re.search(r"\(did you mean (.*)\?\)", nearest(key, known))
                 told = f"did you mean {hint.group(1)}?" if hint else f"sae-train {verb} --help lists them"
                 return InputError(key, value, f"a known key; {told}")
@@ -207,6 +216,11 @@ def _explain(verb: str, overrides: list[str], error: Exception) -> InputError:
 
 def _expected(text: str) -> str | None:
     """What OmegaConf says it could not do, as what would have been accepted."""
+    if strange := re.search(r"Key '\w+' not in '(\w+)'", text):
+        for registry in (ACTIVATIONS, SAES):
+            for config, name in ((registry.config(name), name) for name in registry):
+                if config.__name__ == strange.group(1):
+                    return f"a key that {name} has: {', '.join(f.name for f in fields(config))}"
     kinds = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
     found = re.search(r"could not be converted to (\w+)", text)
     if found is None:

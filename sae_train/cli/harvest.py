@@ -4,6 +4,7 @@ The same command continues a harvest that was interrupted; whole shards are kept
 written as `train.tokens` asks for, and `eval.tokens` held-out rows, outlier tokens included.
 """
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -42,11 +43,16 @@ def harvest(composed: DictConfig, args: list[str]) -> int:
             raise InputError("launch.nodes x launch.processes_per_node", size, wanted)
         return submit(config.launch, args, "out", out)
     with StopSignals() as signals, owned("out", out) as ownership:
-        return _harvest(config, hooks, out, signals, ownership)
+        return _harvest(config, hooks, out, signals, ownership, args)
 
 
 def _harvest(
-    config: HarvestConfig, hooks: list[str], out: Path, signals: StopSignals, ownership: Ownership
+    config: HarvestConfig,
+    hooks: list[str],
+    out: Path,
+    signals: StopSignals,
+    ownership: Ownership,
+    args: list[str],
 ) -> int:
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
@@ -62,7 +68,8 @@ def _harvest(
         for writer, shards, rows in parts:
             progress.phase("harvesting held-out rows" if shards is heldout else "harvesting")
             write(writer, shards, rows, ownership, progress)
-    print(f"harvested {out}: sae-train train source=shards source.path={out}")
+    told = [arg for arg in args[1:] if not arg.startswith(("out=", "source="))]
+    print("harvested:", shlex.join(["sae-train", "train", *told, "source=shards", f"source.path={out}"]))
     return 0
 
 

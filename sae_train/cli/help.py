@@ -13,7 +13,7 @@ start here:
   sae-train train model.name=EleutherAI/pythia-70m hook=resid_post.3 corpus.name=monology/pile-uncopyrighted
   sae-train plan experiment=demo                     what that will need: memory, disk, time
   sae-train harvest experiment=demo out=shards       activations once ...
-  sae-train train source=shards source.path=shards   ... any number of SAEs
+  sae-train train experiment=demo source=shards source.path=shards    ... any number of SAEs
   sae-train COMMAND --help                           every key of a command, with its default
   sae-train train experiment=demo --cfg job          the composed configuration, nothing run
 

@@ -3,10 +3,12 @@
 import ast
 import inspect
 import textwrap
+from collections.abc import Collection
 from dataclasses import MISSING, fields, is_dataclass
 from itertools import pairwise
 from typing import Any
 
+from sae_train.activations.base import ACTIVATIONS
 from sae_train.cli.compose import WITHOUT_GROUPS, options
 from sae_train.cli.plan import PlanOptions
 from sae_train.config import (
@@ -18,6 +20,8 @@ from sae_train.config import (
     PublishCommandConfig,
     register,
 )
+from sae_train.registry import Registry
+from sae_train.sae.base import SAES
 from sae_train.sae.linear import LinearConfig
 from sae_train.sweep.options import SweepConfig
 
@@ -29,13 +33,17 @@ ROOTS: dict[str, type] = {
     "eval": EvalCommandConfig,
 }
 ROOTS |= {"export": ExportConfig, "import": ImportConfig, "publish": PublishCommandConfig}
-GROUPS = ("experiment", "model", "corpus", "source", "sae", "sae/activation", "optim", "logger", "launch")
+GROUPS = (
+    *("experiment", "model", "corpus", "source", "sae", "sae/activation", "optim", "kernels", "logger"),
+    "launch",
+)
 
 
 def verb_help(verb: str) -> str:
     """Keys of a command with their defaults, and the options of every config group."""
     if verb == "status":
-        return "usage: sae-train status run=DIR\n\n  run  a run folder, or one with several runs or jobs\n"
+        usage = "usage: sae-train status run=DIR | dir=DIR\n\n"
+        return usage + "  run, dir  a run folder, or one with several runs or jobs\n"
     choices = "" if verb in WITHOUT_GROUPS else "[experiment=NAME] [group=OPTION] "
     lines = [f"usage: sae-train {verb} {choices}[key=value ...] [--cfg job] [-m]", ""]
     if verb not in WITHOUT_GROUPS:
@@ -59,21 +67,38 @@ def verb_help(verb: str) -> str:
     return "\n".join(lines)
 
 
-def _keys(cls: type, prefix: str) -> list[str]:
+def _keys(cls: type, prefix: str, without: Collection[str] = ()) -> list[str]:
     docs = field_docs(cls)
     lines: list[str] = []
     nested: list[str] = []
-    for f in fields(cls):
+    for f in (f for f in fields(cls) if f.name not in without):
         default = f.default_factory() if f.default_factory is not MISSING else f.default
         key = prefix + f.name
         child = _nested(f.name, default)
         if child is not None:
             nested += ["", f"{key}: {summary(child)}", *_keys(child, key + ".")]
+            if child is LinearConfig:
+                nested += [*_of_options("sae", SAES, child), *_of_options("sae.activation", ACTIVATIONS)]
             continue
+        if key == "sae.activation":
+            continue  # its keys are those of its options
         lines.append(f"  {key} = {_shown(default)}")
         if f.name in docs:
             lines += textwrap.wrap(docs[f.name], 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return lines + nested
+
+
+def _of_options(key: str, registry: Registry[Any], base: type | None = None) -> list[str]:
+    """The keys that one option of a group has: all of them, or those that its base class has not."""
+    known = {f.name for f in fields(base)} if base else set()
+    lines: list[str] = []
+    for name in registry:
+        config = registry.config(name)
+        if config is base:
+            continue
+        option = f"{key.replace('.', '/')}={name}"
+        lines += ["", f"{key} with {option}: {summary(config)}", *_keys(config, key + ".", {*known, "name"})]
+    return lines
 
 
 def _nested(name: str, default: Any) -> type | None:
@@ -93,8 +118,8 @@ def _shown(default: Any) -> str:
 
 
 def summary(cls: type) -> str:
-    """First line of a class docstring."""
-    return (inspect.getdoc(cls) or "").split("\n")[0]
+    """First sentence of a class docstring."""
+    return " ".join((inspect.getdoc(cls) or "").split()).partition(". ")[0].removesuffix(".") + "."
 
 
 def field_docs(cls: type) -> dict[str, str]:

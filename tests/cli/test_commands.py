@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -128,15 +129,23 @@ def test_a_finished_run_is_said_to_be_finished_and_left_alone(tiny, finished, ca
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
-def test_training_from_disk_gives_the_bits_of_training_from_the_live_model(tiny, finished, tmp_path):
+def same_weights(one: Path, two: Path) -> None:
+    first, second = (load_file(run / "saes/main/sae.safetensors") for run in (one, two))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_training_from_disk_gives_the_bits_of_training_from_the_live_model(tiny, finished, tmp_path, capsys):
     live, disk, shards = finished, tmp_path / "disk", tmp_path / "shards"
     # the same budget of rows for both; held-out statistics come from other rows, so compare the SAE itself
     ok("harvest", *tiny, f"out={shards}")
+    said = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert said == ["harvested:", "sae-train", "train", *tiny, "source=shards", f"source.path={shards}"]
+    ok(*said[2:], f"run.dir={tmp_path / 'as told'}")
+    same_weights(live, tmp_path / "as told")
     recipe = [a for a in TINY if not a.startswith(("hook=", "corpus."))]
     ok("train", "source=shards", f"source.path={shards}", *recipe, f"run.dir={disk}")
-    one, two = load_file(live / "saes/main/sae.safetensors"), load_file(disk / "saes/main/sae.safetensors")
-    for name in one:
-        assert torch.equal(one[name], two[name]), name
+    same_weights(live, disk)
     features = [load_file(run / "saes/main/features.safetensors") for run in (live, disk)]
     for name in features[0]:
         if name.startswith("train_"):
@@ -347,6 +356,16 @@ def test_composed_configuration_and_help_are_printed_without_running(tiny, capsy
     ok("train", "--help")
     out = capsys.readouterr().out
     assert "sae.activation" in out and "Peak learning rate" in out and "gpt2-small" in out
+    for key in (
+        "sae.activation.k = 32",
+        "sae.activation.bandwidth = 1.0",
+        "sae.prefixes = 1/32",
+        "  kernels= ",
+    ):
+        assert key in out, key
+    assert "required" not in out.partition("sae:")[2], "what an SAE is has defaults"
+    ok("status", "--help")
+    assert "dir=DIR" in capsys.readouterr().out
 
 
 def test_a_sweep_of_saes_is_one_run_and_with_keys_of_hydra_a_run_for_each(tiny, tmp_path, monkeypatch):
