@@ -82,7 +82,9 @@ def main() -> int:
     bench = Bench(a.kind, a.folder.resolve(), a.tokens or (803_000 if a.kind == "prose" else 1_000_000))
     bench.harvest()
     bench.start_judge()
-    pythons = dict(item.split("=", 1) for item in a.peer_python)
+    # Absolute, for they are started from another folder; links are kept: what they lead to has no packages.
+    named = (item.split("=", 1) for item in a.peer_python)
+    pythons = {name: str(Path(path).absolute()) for name, path in named}
     for seed in a.seeds:
         for recipe in a.recipes:
             bench.ours(recipe, seed)
