@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from sae_train import load_sae
 from sae_train.cli.main import main
 from sae_train.log import read_metrics
+from sae_train.report.table import METRICS
 
 TINY = [
     "hook=resid_post.1",
@@ -120,6 +122,21 @@ def test_training_writes_everything_a_run_promises(finished):
     assert sae.decode(sae.encode(x)).shape == (5, 32)
     assert sae.input_scale == 1
     assert 'src="http' not in (run / "report.html").read_text()
+
+
+def test_every_number_of_a_run_is_explained(finished):
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    for name, shown in METRICS.items():
+        assert f"| `{name}` | {shown.label} | {shown.meaning} | {shown.better} |" in page, name
+    explained = set(re.findall("`([^`]+)`", page))
+    families = {"NAME/loss": "NAME/loss/TERM", "system": "system/...", "kernels": "kernels/OP"}
+    names = {name for line in read_metrics(finished) for name in line}
+    assert {"main/grad_norm", "main/loss/mse", "main/heldout/fvu", "system/rss_bytes"} <= names
+    for name in (name.replace("main/", "NAME/", 1) for name in names):
+        family = families.get(name.rpartition("/")[0], name)
+        assert family in explained or name.removeprefix("NAME/heldout/") in METRICS, name
+    for tensor in load_file(finished / "saes/main/features.safetensors"):
+        assert {tensor, tensor.replace("heldout_", "train_")} & explained, tensor
 
 
 def test_a_finished_run_is_said_to_be_finished_and_left_alone(tiny, finished, capsys):
