@@ -201,7 +201,8 @@ def _explain(verb: str, overrides: list[str], error: Exception) -> InputError:
         if named or f"'{key}'" in text or f"'{group}'" in text:
             known = _known_keys(verb)
             if key not in known and not any(k.startswith(key + ".") for k in known):
-                if full := ALIASES.get(key.rpartition(".")[2]):
+                full = ALIASES.get(key.rpartition(".")[2]) if verb not in WITHOUT_GROUPS else None
+                if full is not None:
                     return InputError(key, value, f"{full}={value}; short names are for grid and sweep")
                 hint = re.search(r"\(did you mean (.*)\?\)", nearest(key, known))
                 told = f"did you mean {hint.group(1)}?" if hint else f"sae-train {verb} --help lists them"

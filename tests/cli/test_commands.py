@@ -127,7 +127,8 @@ def test_training_writes_everything_a_run_promises(finished):
 def test_every_number_of_a_run_is_explained(finished):
     page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
     for name, shown in METRICS.items():
-        assert f"| `{name}` | {shown.label} | {shown.meaning} | {shown.better} |" in page, name
+        meaning = shown.meaning.replace("|", r"\|").replace("<", "&lt;")
+        assert f"| `{name}` | {shown.label} | {meaning} | {shown.better} |" in page, name
     explained = set(re.findall("`([^`]+)`", page))
     families = {"NAME/loss": "NAME/loss/TERM", "system": "system/...", "kernels": "kernels/OP"}
     names = {name for line in read_metrics(finished) for name in line}
