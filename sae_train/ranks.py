@@ -140,9 +140,9 @@ class Ranks:
             made = work()
         except Exception as raised:
             error, told = raised, _words(raised)
-        first = next(((r, words) for r, words in enumerate(self.gather(told)) if words is not None), None)
+        first = next((words for words in self.gather(told) if words is not None), None)
         if first is not None:
-            raise error if error is not None and first[0] == self.rank else _error(first[1])
+            raise error if error is not None and told == first else _error(first)
         return made  # type: ignore[return-value]
 
 
