@@ -7,6 +7,7 @@
 # make compile-gate  compile every Triton kernel for GPUs that are not here; fails on spills and the like
 # make test-gpu   the tests of kernels on a GPU, at real sizes too
 # make bench-gpu  check and time whole training steps on a GPU, beside dense torch and three other libraries
+# make bench-pipeline  time harvest and training together on one device, and each alone
 # make bench-cpu  time a whole training step beside dense torch and three other libraries
 # make bench-quality  train our SAEs and three other libraries' on the same rows, and judge them alike
 # make test-interop  other libraries read what we export, and we read what they save
@@ -75,7 +76,7 @@ OLDEST := .venv-oldest
 OLDEST_VERSIONS := $(shell grep -o '"[a-z_-]\+>=[0-9.]*' pyproject.toml | tr -d '"' | sed 's/>=/==/' | sort -u \
   | grep -v 'pytest\|setuptools') numpy==2.3.5
 
-.PHONY: help demo test test-oldest test-cluster chaos lint compile-gate test-gpu bench-gpu bench-cpu bench-quality test-interop image venv clean
+.PHONY: help demo test test-oldest test-cluster chaos lint compile-gate test-gpu bench-gpu bench-pipeline bench-cpu bench-quality test-interop image venv clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -111,6 +112,9 @@ test-gpu: $(READY)-test
 
 bench-gpu: $(READY)-gguf $(PEERS:%=$(BENCH)/%/.installed-$(PEER_KEY))
 	$(BIN)/python kernels/bench/gpu.py $(addprefix --peer-python ,$(PEER_PYTHONS)) $(ARGS)
+
+bench-pipeline: $(READY)-gguf
+	$(BIN)/python kernels/bench/pipeline.py $(ARGS)
 
 bench-cpu: $(READY)-gguf $(PEERS:%=$(BENCH)/%/.installed-$(PEER_KEY))
 	$(BIN)/python kernels/bench/peers_cpu.py $(ARGS)

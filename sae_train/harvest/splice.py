@@ -313,7 +313,8 @@ def score(
     chosen = counted(mask, valid).to(device)
     window, position = chosen.nonzero(as_tuple=True)
     target = tokens.to(device)[window, position + 1]
-    nll = torch.zeros(len(tokens), dtype=torch.float64, device=device)
+    # By position first: adding at indices would sum in any order on a GPU, and last bits would differ.
+    nll = torch.zeros(tokens.shape, dtype=torch.float64, device=device)
     kl_sum = torch.zeros_like(nll)
     at_once = max(1, SOFTMAX_NUMBERS.get(device.type, SOFTMAX_NUMBERS_ELSEWHERE) // logits.shape[-1])
     for start in range(0, len(window), at_once):
@@ -321,12 +322,12 @@ def score(
         rows, columns = window[part], position[part]
         p = logits[rows, columns].float()
         log_z = p.logsumexp(dim=-1)
-        nll.index_add_(0, rows, (log_z - p.gather(1, target[part, None]).squeeze(1)).double())
+        nll[rows, columns] = (log_z - p.gather(1, target[part, None]).squeeze(1)).double()
         if clean is not None:
             q = clean[rows, columns].float()
             log_p, log_q = p - log_z[:, None], q - q.logsumexp(dim=-1, keepdim=True)
-            kl_sum.index_add_(0, rows, (log_q.exp() * (log_q - log_p)).sum(dim=-1).double())
-    return SpliceResult(nll, chosen.sum(dim=1), None if clean is None else kl_sum)
+            kl_sum[rows, columns] = (log_q.exp() * (log_q - log_p)).sum(dim=-1).double()
+    return SpliceResult(nll.sum(dim=1), chosen.sum(dim=1), None if clean is None else kl_sum.sum(dim=1))
 
 
 def counted(mask: Tensor, valid: Tensor) -> Tensor:
