@@ -53,11 +53,14 @@ def test_a_dry_run_measures_each_way_and_traces_both_sides(tmp_path):
     ("arguments", "told"),
     [(["--shard", "500"], "8 windows of 16"), (["--k", "0"], "--k 0"), (["--batch", "9"], "9")],
 )
-def test_sizes_that_cannot_be_are_refused_before_a_model_is_made(arguments, told):
-    command = [sys.executable, str(BENCH / "pipeline.py"), *TINY, *arguments]
-    out = subprocess.run(command, capture_output=True, text=True)
-    assert out.returncode == 2
-    assert told in out.stderr and "Traceback" not in out.stderr
+def test_sizes_that_cannot_be_are_refused_before_a_model_is_made(
+    pipeline, monkeypatch, capsys, arguments, told
+):
+    monkeypatch.setattr(sys, "argv", ["pipeline.py", *TINY, *arguments])
+    with pytest.raises(SystemExit) as refused:
+        pipeline.parse()
+    assert refused.value.code == 2
+    assert told in capsys.readouterr().err
 
 
 def test_ways_that_train_other_weights_are_an_error(pipeline, monkeypatch, capsys):
