@@ -20,7 +20,7 @@ from sae_train.demo import resolve as demo
 from sae_train.devices import native_bfloat16
 from sae_train.errors import InputError
 from sae_train.files import MAX_MANIFEST_BYTES, read_json
-from sae_train.harvest.harvester import check_sites
+from sae_train.harvest.harvester import NeedsWeights, check_sites
 from sae_train.harvest.hooks import Site, is_other, resolve
 from sae_train.harvest.kinds import skeleton
 from sae_train.harvest.model import DTYPES, ModelConfig, load_config
@@ -58,7 +58,10 @@ def refuse_unfit(
             if make(job).verdict(room) != "does not fit":
                 return  # as nearly always; building the model without memory would take a moment
         low = native_bfloat16(device)
-        model = model_shape(config, {hook for m in wanted for hook in m.places.hooks}, low)[0]
+        try:
+            model = model_shape(config, {hook for m in wanted for hook in m.places.hooks}, low)[0]
+        except NeedsWeights:
+            return  # what its forward takes is seen when it runs
     job = job_of(config, wanted, dims, model, here(device), room, processes, spread)
     plan = make(job)
     if plan.verdict(room) == "does not fit":

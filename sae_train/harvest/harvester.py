@@ -11,6 +11,7 @@ needs to know, and a model's rows are the bits that it gives when it is harveste
 
 import inspect
 import logging
+import os
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -23,6 +24,7 @@ from sae_train.errors import InputError
 from sae_train.harvest.capture import hooked
 from sae_train.harvest.hooks import Site
 from sae_train.harvest.kinds import skeleton
+from sae_train.harvest.load_errors import redact
 from sae_train.harvest.windows import Windows
 
 LOG = logging.getLogger("sae_train.harvest")
@@ -198,26 +200,31 @@ def inputs(model: nn.Module, tokens: Tensor, valid: Tensor) -> dict[str, Any]:
     return arguments
 
 
+class NeedsWeights(InputError):
+    """A model whose forward looks at values: what it gives can be seen once its weights are there."""
+
+
 def check_sites(model: nn.Module, sites: list[Site]) -> dict[str, int]:
     """Key -> D of each site, by one forward of 8 tokens: also on a model without weights (`skeleton`).
 
     Raises:
         InputError: a hook's module is not called, is called more than once, has no tensor, or not one of [B,
         T, D].
+        NeedsWeights: the model has none, and cannot do without.
     """
     seen: dict[Site, list[Tensor]] = {site: [] for site in sites}
     device = next(model.parameters()).device
     # A second window costs nothing without weights, and tells rows from tables of positions.
     shape = (2 if device.type == "meta" else 1, CHECK_TOKENS)
     arguments: dict[str, Any] = {"input_ids": torch.zeros(shape, dtype=torch.int64, device=device)}
-    if device.type == "meta":
-        # Transformers makes its mask from values, which a meta tensor has not: give it one ready-made.
-        arguments["attention_mask"] = torch.zeros(2, 1, CHECK_TOKENS, CHECK_TOKENS, device=device)
     if "use_cache" in inspect.signature(model.forward).parameters:
         arguments["use_cache"] = False
     visits = {site: lambda x, site=site: seen[site].append(x) for site in sites}
     with torch.no_grad(), hooked(model, visits):
-        model(**arguments)
+        if device.type == "meta":
+            _on_shapes(model, arguments, seen)
+        else:
+            model(**arguments)
     for site, tensors in seen.items():
         if len(tensors) != 1:
             times = "never runs" if not tensors else f"runs {len(tensors)} times"
@@ -225,6 +232,27 @@ def check_sites(model: nn.Module, sites: list[Site]) -> dict[str, int]:
         if tensors[0].ndim != 3 or tensors[0].shape[:2] != shape:
             raise _misshapen(site, tensors[0])
     return {site.key: tensors[0].shape[2] for site, tensors in seen.items()}
+
+
+def _on_shapes(model: nn.Module, arguments: dict[str, Any], seen: dict[Site, list[Tensor]]) -> None:
+    """A forward without weights. Most models make their mask from values, which a meta tensor has not, but
+    take one ready-made; Bloom and Mamba take none, DeBERTa one of tokens."""
+    windows, length = arguments["input_ids"].shape
+    ready_made = torch.zeros(windows, 1, length, length, device="meta")
+    of_tokens = torch.ones(windows, length, dtype=torch.int64, device="meta")
+    reasons = []
+    for mask in ({"attention_mask": ready_made}, {}, {"attention_mask": of_tokens}):
+        for tensors in seen.values():
+            tensors.clear()  # of an attempt that came so far
+        try:
+            model(**arguments, **mask)
+            return
+        except InputError:
+            raise
+        except Exception as error:  # a stranger's code on tensors that it was not written for
+            reasons.append(redact(str(error), os.environ))
+    name = getattr(model.config, "name_or_path", "") or type(model).__name__
+    raise NeedsWeights("model.name", name, f"a model that runs without its weights; it says: {reasons[0]}")
 
 
 def dims_from_config(sites: list[Site], hf_config: Any) -> dict[str, int]:

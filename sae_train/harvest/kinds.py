@@ -1,5 +1,6 @@
 """What kind of model a Hugging Face configuration describes, and its modules without weights."""
 
+import copy
 from typing import Any
 
 import torch
@@ -63,5 +64,7 @@ def skeleton(hf_config: Any) -> nn.Module:
     """
     trusted = type(hf_config).__module__.startswith("transformers_modules")
     name = getattr(hf_config, "name_or_path", "") or hf_config.model_type
+    # Of transformers' ways to run experts this one alone needs no values and takes every dtype.
+    own, experts = copy.deepcopy(hf_config), {"experts_implementation": "batched_mm"}
     with input_errors("model.name", name), torch.device("meta"):
-        return auto_class(hf_config).from_config(hf_config, trust_remote_code=trusted).eval()
+        return auto_class(own).from_config(own, trust_remote_code=trusted, **experts).eval()

@@ -46,7 +46,7 @@ def of_second() -> Iterator[None]:
         yield
     except InputError as error:
         accepted = error.accepted.replace("this model", "model.other")
-        raise InputError(FIELDS.get(error.field, error.field), error.value, accepted) from None
+        raise type(error)(FIELDS.get(error.field, error.field), error.value, accepted) from None
 
 
 def check_tokenizers(name: str, mine: Any, other: Any) -> None:
