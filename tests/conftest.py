@@ -43,6 +43,25 @@ GPT2_SIZES: dict[str, Any] = {
 }
 SPECIALS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 GEMMA_SIZES = SIZES | {"head_dim": 16, "num_key_value_heads": 1}
+EXPERT_SIZES = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 0,
+    "n_group": 1,
+    "topk_group": 1,
+    "head_dim": 16,
+}
+LATENT_ATTENTION = {
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "head_dim": 8,
+}
 VISION_SIZES = {
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -102,6 +121,8 @@ def tiny_config(model_type: str) -> Any:
     """A configuration of a model with 3 layers of width 32 and 128 tokens."""
     from transformers import AutoConfig
 
+    from sae_train.harvest.families.experts import EXPERTS
+
     if model_type == "gpt2":
         return AutoConfig.for_model(model_type, **GPT2_SIZES, **SPECIALS)
     if model_type == "gemma3":
@@ -110,6 +131,10 @@ def tiny_config(model_type: str) -> Any:
             model_type, text_config=text, vision_config=VISION_SIZES, mm_tokens_per_image=4
         )
     sizes = GEMMA_SIZES if model_type.startswith("gemma") else SIZES
+    if model_type in EXPERTS.model_types:
+        sizes = SIZES | EXPERT_SIZES | (LATENT_ATTENTION if model_type.startswith("deepseek") else {})
+    if model_type == "ministral":
+        sizes = SIZES | {"head_dim": 16}
     return AutoConfig.for_model(model_type, **sizes, **SPECIALS)
 
 

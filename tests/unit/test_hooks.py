@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sae_train.errors import InputError
-from sae_train.harvest.capture import hooked
+from sae_train.harvest.capture import first_tensor, hooked
 from sae_train.harvest.families import FAMILIES, SITES, base
 from sae_train.harvest.harvester import dims_from_config
 from sae_train.harvest.hooks import Site, resolve, resolve_from_config
@@ -70,7 +70,7 @@ def test_mlp_in_goes_through_the_mlp_to_what_it_gives(model_type, tiny_model):
     path = resolve("mlp_in.1", model).path
     layer = model.get_submodule(path.rpartition(".")[0])
     with torch.no_grad():
-        out = model.get_submodule(path)(rows["mlp_in.1"])
+        out = first_tensor(model.get_submodule(path)(rows["mlp_in.1"]), resolve("mlp_out.1", model))
         if model_type in POST_NORM:
             out = layer.output.dense(out)
         elif hasattr(layer, "post_feedforward_layernorm"):

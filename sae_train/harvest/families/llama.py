@@ -16,7 +16,20 @@ PRE_NORM_SITES = {
 
 register(
     Family(
-        model_types=("llama", "mistral", "olmo", "phi3", "smollm3"),
+        model_types=(
+            "arcee",
+            "glm",
+            "llama",
+            "ministral",
+            "ministral3",
+            "mistral",
+            "nemotron",
+            "olmo",
+            "phi3",
+            "seed_oss",
+            "smollm3",
+            "starcoder2",
+        ),
         layers="layers",
         sites=PRE_NORM_SITES,
     )
