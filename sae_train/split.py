@@ -120,8 +120,9 @@ class Split:
         return shared if self.latents.size == 1 else _Enter.apply(shared, self.latents)
 
     def total(self, share: Tensor) -> Tensor:
-        """The sum of what every slice adds to something, from which all go on alike."""
-        return share if self.latents.size == 1 else _Reduce.apply(share, self.latents, 1)
+        """The sum of what every slice adds to something, from which all go on alike; in float32, as shares
+        may be of several dtypes: autocast rounds those of dense codes, which codes without a latent are."""
+        return share if self.latents.size == 1 else _Reduce.apply(share.float(), self.latents, 1)
 
     def mean(self, share: Tensor) -> Tensor:
         """The mean over the parts of a batch, of numbers that are means over as many rows in each."""

@@ -1,6 +1,7 @@
 """Run in each process of a group: every kind of SAE, divided among them and whole, on the same rows.
 
     DATA=2 FEATURE=2 OUT=FILE RANK=... python every_kind.py
+    AUTOCAST=bfloat16 ONLY="matryoshka, topk|linear, relu" ...      some of them, products in bfloat16
 
 The first process writes what it found, by kind, as JSON: how far losses and weights of the divided SAE came
 apart from those of the whole one, whether counters are the same, and what went between processes in a step.
@@ -120,7 +121,9 @@ def compare(split: Split, name: str, hook: str, sae: SAEConfig, optim: OptimConf
     if whole is not None:
         whole.initialise(rows(0))
     found: dict[str, Any] = {"start": apart(own, whole), "losses": 0.0, "dead": 0}
-    stepper = AutogradStepper()
+    stepper = AutogradStepper(
+        autocast=getattr(torch, os.environ["AUTOCAST"]) if "AUTOCAST" in os.environ else None
+    )
     for step in range(STEPS):
         batch = RowBatch(rows(step), torch.arange(N))
         totals = []
@@ -177,7 +180,10 @@ def main() -> None:
     mesh = MeshConfig(data=int(os.environ["DATA"]), feature=int(os.environ["FEATURE"]), timeout_s=60)
     with joined(mesh) as ranks:
         split, sent, found = divided(ranks, mesh), Counted(), {}
+        only = os.environ.get("ONLY", "").split("|")
         for name, *what in kinds():
+            if only != [""] and name not in only:
+                continue
             found[name] = compare(split, name, *what, sent)
         equal = ties(split)
         if ranks.lead:
