@@ -131,7 +131,7 @@ def steered(
         model, sae, hook, target, mask: as in `attached`. Nothing is read, so a crosscoder can steer too.
 
     Raises:
-        InputError: as `attached`; or no such latent.
+        InputError: as `attached`; or no such latent, or what is no finite number.
     """
     latents, values = _settings(sae, strengths, maxima)
     with torch.no_grad():
@@ -158,7 +158,7 @@ def clamped(
         model, sae, hook, target, maxima, mask: as in `steered`.
 
     Raises:
-        InputError: as `attached`; or no such latent.
+        InputError: as `attached`; or no such latent, or what is no finite number.
     """
     latents, wanted = _settings(sae, values, maxima)
 
@@ -190,13 +190,19 @@ def ablated(
 
 def _settings(sae: SAE, numbers: Mapping[int, float], maxima: Tensor | None) -> tuple[Tensor, Tensor]:
     """[L] latents and [L] float32 values, on the device of the weights."""
+    try:
+        given = [float(number) for number in numbers.values()]
+    except (AttributeError, TypeError, ValueError):
+        raise InputError("latents", numbers, "latents with a number each: {17: 8.0}") from None
     latents = sae.chosen(list(numbers))
-    values = torch.tensor(list(numbers.values()), dtype=torch.float32, device=latents.device)
-    if maxima is None:
-        return latents, values
-    if maxima.shape != (sae.d_sae,):
-        raise InputError("maxima", list(maxima.shape), f"one number for each of {sae.d_sae} latents")
-    return latents, values * maxima.to(values)[latents]
+    values = torch.tensor(given, dtype=torch.float32, device=latents.device)
+    if maxima is not None:
+        if maxima.shape != (sae.d_sae,):
+            raise InputError("maxima", list(maxima.shape), f"one number for each of {sae.d_sae} latents")
+        values = values * maxima.to(values)[latents]
+    if not bool(values.isfinite().all()):
+        raise InputError("latents", numbers, "finite numbers, and maxima that are, if any are given")
+    return latents, values
 
 
 class _Splice:
@@ -283,6 +289,8 @@ class _Splice:
 
 def _places(sae: SAE, hook: str, target: str | None) -> Places:
     """The names of the hooks that an SAE reads and writes, as many as it has."""
+    if not isinstance(hook, str):
+        raise InputError("hook", hook, "the name of a hook, such as resid_post.12")
     places = Places.parse(hook, target)
     transcodes = sae.config.kind == "transcoder"
     if len(places.inputs) != len(sae.widths.inputs):

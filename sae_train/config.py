@@ -280,5 +280,9 @@ def run_folder(config: Config) -> Path:
     return Path("runs") / f"{config.run.name}-{digest}"
 
 
+VALUE_KINDS = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
+"""What OmegaConf calls types of values -> what people do."""
+
+
 def first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sae_train.activations.base import ACTIVATIONS
-from sae_train.config import Config, check_seed, first_line
+from sae_train.config import VALUE_KINDS, Config, check_seed, first_line
 from sae_train.errors import InputError
 from sae_train.registry import Registry
 from sae_train.sae.base import SAES
@@ -64,6 +64,8 @@ def members(config: Config, composed: DictConfig) -> list[MemberConfig]:
         raise InputError(
             "saes", config.saes, "names with what differs: saes={a: {sae: {activation: {k: 16}}}, b: {}}"
         )
+    if config.saes and len(hooks) > 1:
+        raise InputError("hook", config.hook, "one hook beside saes; a member's own is saes.NAME.hook")
     if config.saes:
         wanted: dict[str, tuple[int, Any]] = {name: (0, differs) for name, differs in config.saes.items()}
     elif len(hooks) == 1:
@@ -164,8 +166,7 @@ def _member(
     except OmegaConfBaseException as error:
         if isinstance(error.__cause__, InputError):
             raise error.__cause__ from None
-        expected = f"keys of hook, target, start, seed, sae, optim ({first_line(error)})"
-        raise InputError(f"saes.{name}", differs, expected) from None
+        raise _explained(name, differs, config.grid or {}, base, error) from None
     assert isinstance(typed, dict)
     check_seed(f"saes.{name}.seed", typed["seed"])
     if not isinstance(typed["hook"], str):
@@ -181,6 +182,27 @@ def _member(
         target=typed["target"],
         start=typed["start"],
     )
+
+
+def _explained(
+    name: str, differs: Any, grid: dict[str, Any], base: DictConfig, error: OmegaConfBaseException
+) -> InputError:
+    """What is wrong with a key of a member, by the name under which the user gave it."""
+    key = found.group(1) if (found := re.search(r"full_key: (\S+)", str(error))) else ""
+    parent = key.rpartition(".")[0]
+    near = OmegaConf.select(base, parent) if parent else base
+    accepted = first_line(error)
+    if kind := re.search(r"could not be converted to (\w+)", accepted):
+        accepted = VALUE_KINDS.get(kind.group(1), kind.group(1))
+    if accepted.startswith("Merge error"):
+        accepted = "what differs: {sae: {activation: {k: 16}}}, or {}"
+    if "not in" in accepted and isinstance(near, DictConfig):
+        accepted = f"a key of {parent or 'a member'}: {', '.join(map(str, near))}"
+    if short := next((given for given in grid if SHORT.get(given, given) == key), None):
+        known = "" if parent else f"; or a short name: {', '.join(SHORT)}"
+        return InputError(f"grid.{short}", grid[short], accepted + known)
+    given = OmegaConf.select(OmegaConf.create(differs), key) if key else differs
+    return InputError(f"saes.{name}.{key}" if key else f"saes.{name}", given, accepted)
 
 
 def _other(name: str, own: DictConfig, differs: dict[str, Any]) -> DictConfig:

@@ -31,7 +31,7 @@ LAYERS: list[list[tuple[set[str], set[str]]]] = [
         (
             {"harvest"},
             {"torch", "numpy", "safetensors", "xxhash", "tenacity", "fsspec"}
-            | {"transformers", "datasets", "huggingface_hub"},
+            | {"transformers", "datasets", "pyarrow", "huggingface_hub"},
         ),
         ({"shards"}, {"torch", "numpy", "safetensors", "xxhash"}),
     ],
@@ -60,7 +60,7 @@ LAYERS: list[list[tuple[set[str], set[str]]]] = [
     ],
 ]
 TOP = "sae_train"  # its __init__ gathers names for users; nothing inside may import it
-HEAVY = {"transformers", "datasets", "huggingface_hub", "wandb", "matplotlib", "jinja2"}
+HEAVY = {"transformers", "datasets", "pyarrow", "huggingface_hub", "wandb", "matplotlib", "jinja2"}
 HEAVY |= {"schedulefree", "torchao", "optuna", "tenacity"}
 """May be imported inside a function, so that `import sae_train` and `--help` stay fast; the last one, so that
 the benchmark for GPUs runs where little more than torch is installed."""

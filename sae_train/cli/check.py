@@ -8,7 +8,9 @@ import torch
 from sae_train.config import Config
 from sae_train.errors import InputError
 from sae_train.evaluate import build_metrics
-from sae_train.sae.base import SAES
+from sae_train.sae.base import SAE, SAES
+from sae_train.sae.io import load_sae
+from sae_train.sae.start import check_start
 from sae_train.split import Split
 from sae_train.train.members import MemberConfig, check_optimizer
 
@@ -71,11 +73,35 @@ def check_widths(wanted: list[MemberConfig], dims: Mapping[str, int], split: Spl
     """Build every member without memory: what does not fit its hook's width says so before weights load."""
     for member in wanted:
         member.optim.check_library()
-        only = next(iter(dims.values()))  # what `auto` means
-        widths = member.places.widths({hook: dims.get(hook, only) for hook in member.places.hooks})
         check_optimizer(member.optim, split)
-        with torch.device("meta"):
-            SAES.build(member.sae, widths).split_(split)
+        _built(member, dims).split_(split)
+
+
+def load_starts(wanted: list[MemberConfig]) -> dict[str, SAE]:
+    """The SAEs that members start from, by path, without memory. Raises InputError if one cannot be read."""
+    found: dict[str, SAE] = {}
+    for path in filter(None, (member.start for member in wanted)):
+        try:
+            found[path] = found[path] if path in found else load_sae(path).to("meta")
+        except InputError as error:
+            field = "start" if error.field == "path" else error.field
+            raise InputError(field, error.value, error.accepted) from None
+    return found
+
+
+def check_starts(wanted: list[MemberConfig], dims: Mapping[str, int], starts: Mapping[str, SAE]) -> None:
+    """Raises InputError if an SAE to start from is of another kind or shape than the one that is trained."""
+    for member in wanted:
+        if member.start is not None and member.start in starts:
+            check_start(_built(member, dims), starts[member.start], member.start)
+
+
+def _built(member: MemberConfig, dims: Mapping[str, int]) -> SAE:
+    """The SAE of a member, without memory."""
+    only = next(iter(dims.values()))  # what `auto` means
+    widths = member.places.widths({hook: dims.get(hook, only) for hook in member.places.hooks})
+    with torch.device("meta"):
+        return SAES.build(member.sae, widths)
 
 
 def hooks_of(wanted: list[MemberConfig]) -> list[str]:

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sae_train.activations.base import ACTIVATIONS
 from sae_train.cli.multirun import MULTIRUN
-from sae_train.config import register
+from sae_train.config import VALUE_KINDS, register
 from sae_train.errors import InputError, NumericsError, StoppedEarly
 from sae_train.files import CorruptFile
 from sae_train.registry import nearest
@@ -48,9 +48,9 @@ def compose(verb: str, overrides: list[str]) -> DictConfig:
     if verb not in WITHOUT_GROUPS:
         overrides = with_files(overrides)
     try:
+        if verb not in WITHOUT_GROUPS:
+            return _composed(verb, overrides)
         with hydra.initialize_config_module(CONFIG_MODULE, version_base="1.3"):
-            if verb not in WITHOUT_GROUPS:
-                return hydra.compose(config_name=verb, overrides=overrides)
             # Hydra would take sae=NAME and model=NAME for the groups of those names, which train has.
             config = hydra.compose(config_name=verb)
             parsed = OverridesParser.create().parse_overrides(overrides)
@@ -65,6 +65,12 @@ def compose(verb: str, overrides: list[str]) -> DictConfig:
         raise
     except (HydraException, OmegaConfBaseException, *STRANGE) as error:
         raise _explain(verb, overrides, error) from None
+
+
+def _composed(verb: str, overrides: list[str]) -> DictConfig:
+    """As Hydra does it, and with its errors."""
+    with hydra.initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+        return hydra.compose(config_name=verb, overrides=overrides)
 
 
 class Composer:
@@ -199,7 +205,8 @@ def _explain(verb: str, overrides: list[str], error: Exception) -> InputError:
         full_key = re.search(r"full_key: (\S+)", text)
         named = (full_key and full_key.group(1) == key) or f"override {override}" in text
         if named or f"'{key}'" in text or f"'{group}'" in text:
-            known = _known_keys(verb)
+            files = [one for one in overrides if is_group(one.partition("=")[0])]
+            known = sorted({*_known_keys(verb, []), *_known_keys(verb, files)})
             if key not in known and not any(k.startswith(key + ".") for k in known):
                 full = ALIASES.get(key.rpartition(".")[2]) if verb not in WITHOUT_GROUPS else None
                 if full is not None:
@@ -222,16 +229,21 @@ def _expected(text: str) -> str | None:
             for config, name in ((registry.config(name), name) for name in registry):
                 if config.__name__ == strange.group(1):
                     return f"a key that {name} has: {', '.join(f.name for f in fields(config))}"
-    kinds = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
     found = re.search(r"could not be converted to (\w+)", text)
+    if several := re.search(r"Cannot convert '(list|dict)' to string", text):
+        return f"one text, not a {several.group(1)}"
     if found is None:
         return "a list: [a,b]" if "is not a ListConfig" in text else None
-    return kinds.get(found.group(1), found.group(1))
+    return VALUE_KINDS.get(found.group(1), found.group(1))
 
 
-def _known_keys(verb: str) -> list[str]:
-    with_defaults = compose(verb, [])
-    tree = OmegaConf.to_container(with_defaults, throw_on_missing=False)
+def _known_keys(verb: str, files: list[str]) -> list[str]:
+    """Keys of a command, with those of the files that its arguments pick."""
+    try:
+        composed = _composed(verb, files)
+    except (HydraException, OmegaConfBaseException, *STRANGE):
+        composed = _composed(verb, [])
+    tree = OmegaConf.to_container(composed, throw_on_missing=False)
     assert isinstance(tree, dict)
     groups = ["experiment", "sae", "sae.activation", "model", "corpus", "source", "optim", "logger"]
     known = flatten({str(k): v for k, v in tree.items()})

@@ -29,6 +29,7 @@ from sae_train.formats.reference import calibrated, encode, rows_for
 from sae_train.registry import discover
 from sae_train.sae.base import SAE
 from sae_train.sae.io import WEIGHTS, load_sae
+from sae_train.train.record import RunRecord
 
 IN_MEMORY = 1 << 28
 """Weights up to which an SAE encodes with its own code in the proof: 1 GiB. Larger ones do in blocks."""
@@ -141,6 +142,9 @@ def published(request: ExportConfig, format_: Format) -> list[Path]:
         found = [path for path in found if path.name == request.sae]
         if not found:
             raise InputError("sae", request.sae, f"one of {names}")
+    elif (record := RunRecord.read(folder)) is not None:
+        # `sae-train import` may have put others beside those that were trained here.
+        found = [path for path in found if path.name in record.config.get("members", names)] or found
     if len(found) > 1 and not format_.whole_set:
         raise InputError("sae", None, f"one of {names}: {format_.name} holds one in a folder")
     return found

@@ -15,7 +15,7 @@ from sae_kernels import use_backend
 
 from sae_train import stop
 from sae_train.checkpoint import Checkpointer
-from sae_train.cli.check import check, check_rows, check_widths, hooks_of
+from sae_train.cli.check import check, check_rows, check_starts, check_widths, hooks_of, load_starts
 from sae_train.cli.compose import run_composed
 from sae_train.cli.finish import finish, timed
 from sae_train.cli.fit import refuse_unfit
@@ -31,7 +31,6 @@ from sae_train.files import write_bytes
 from sae_train.log import METRICS_FILE, MetricLog, new_wandb_id, setup_logging
 from sae_train.member_set import members
 from sae_train.ranks import Ranks, joined
-from sae_train.sae.io import load_sae
 from sae_train.split import Split, divided
 from sae_train.train.clock import Clock
 from sae_train.train.kernels import choose_stepper
@@ -135,9 +134,7 @@ def _run(
             f"the checkpoints of the run that was started here; they are gone "
             f"(remove {folder / 'run.json'} to start anew)",
         )
-    if loaded is None:
-        for path in filter(None, (m.start for m in wanted)):
-            load_sae(path)  # one that cannot be read says so before anything is harvested
+    starts = load_starts(wanted) if loaded is None else {}  # what cannot be read says so before any harvest
     setup_logging(folder if ranks.lead else None)
     device = pick_device(config.model.device)
     before = (
@@ -151,6 +148,7 @@ def _run(
         def check_members(dims: Mapping[str, int]) -> None:
             # All wait for all: one that leaves early would break the connections that others still make.
             ranks.all_do(lambda: check_widths(wanted, dims, split))
+            ranks.all_do(lambda: check_starts(wanted, dims, starts))
             ranks.all_do(lambda: refuse_unfit(config, wanted, dims, device, ranks.size))
 
         wired = wire(config, hooks_of(wanted), device, chosen, check_members, ranks)

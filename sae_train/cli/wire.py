@@ -4,6 +4,7 @@ Everything cheap is checked before anything expensive is loaded: the model's con
 names, context length, tokenizer and the corpus first, weights last.
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -39,6 +40,8 @@ from sae_train.shards.shard import PermutedShards, ShardStream
 from sae_train.shards.source import ShardSource
 from sae_train.shards.synthetic import SyntheticRows
 from sae_train.shards.tensors import TensorRows
+
+logger = logging.getLogger("sae_train.harvest")
 
 HELDOUT = "heldout"
 """Folder of the held-out shards inside a harvest."""
@@ -256,6 +259,10 @@ def _shards(
     folder = Path(config.source.path).expanduser()
     wanted = None if hooks == ["auto"] else hooks
     shards = DiskShards(folder, wanted, config.source.epochs, config.source.seed, device)
+    harvested = shards.fingerprint.get("model")
+    if config.model.name not in ("none", "???", harvested):
+        told = "model.name=%s has no effect: the rows in %s were harvested from %s"
+        logger.warning(told, config.model.name, folder, harvested or "no model")
     check_widths(shards.dims)
     heldout = folder / HELDOUT
     return _without_model(

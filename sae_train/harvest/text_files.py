@@ -86,6 +86,8 @@ def find_files(spec: TextSpec) -> list[str] | None:
             raise InputError(spec.key, name, f"an existing file, folder or glob of {endings}, or a hub id")
         else:
             return None
+    if not files and glob.has_magic(name):
+        raise InputError(spec.key, name, "a pattern that some file matches; none does")
     formats = {format_of(file) for file in files}
     if not files or None in formats:
         raise InputError(spec.key, name, f"files ending in {endings} (or these with {', '.join(PACKED)})")
@@ -93,10 +95,24 @@ def find_files(spec: TextSpec) -> list[str] | None:
         raise InputError(spec.key, name, f"files of one format, not {', '.join(sorted(map(str, formats)))}")
     if spec.split != "train":
         raise InputError(spec.field("split"), spec.split, "train: files have no other split")
-    filled = [file for file in files if is_url(file) or Path(file).stat().st_size]
+    filled = [file for file in files if is_url(file) or not _is_empty(file)]
     if not filled:
         raise InputError(spec.key, name, f"files that hold text, these {len(files)} are empty")
     return filled
+
+
+def _is_empty(file: str) -> bool:
+    """No bytes; or Parquet without rows, such as a part that nothing was left of: datasets cannot read it."""
+    no_bytes = Path(file).stat().st_size == 0
+    if no_bytes or format_of(file) != "parquet" or unpacker(file) is not None:
+        return no_bytes
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        return bool(parquet.read_metadata(file).num_rows == 0)
+    except (OSError, pyarrow.ArrowException):
+        return False  # damaged: reading it says so
 
 
 def is_damage(error: BaseException) -> bool:

@@ -13,6 +13,22 @@ FRAME = ("input_scale", "output_scale", "centre")
 """Buffers that say in which units an SAE trains."""
 
 
+def check_start(sae: SAE, published: SAE, path: str) -> None:
+    """Raises InputError if an SAE cannot start from a published one. Values are not looked at."""
+    trained, given = (
+        f"{one.config.name} {one.config.kind} with {one.config.activation.name}" for one in (sae, published)
+    )
+    if trained != given:
+        raise InputError("start", path, f"an SAE of the kind that is trained, a {trained}, not a {given}")
+    weights, own = published.state_dict(), sae.state_dict()
+    for name in sorted(weights.keys() ^ own.keys()):
+        raise InputError("start", path, f"an SAE with the same options; only one of the two has {name}")
+    for name, tensor in weights.items():
+        if tensor.shape != own[name].shape:
+            shape = list(own[name].shape)
+            raise InputError("start", path, f"{name} of shape {shape}, not {list(tensor.shape)}")
+
+
 @torch.no_grad()
 def take_over(sae: SAE, published: SAE, path: str) -> None:
     """Give an initialised SAE the weights of a published one; its own scales and centre stay.
@@ -26,16 +42,8 @@ def take_over(sae: SAE, published: SAE, path: str) -> None:
     Raises:
         InputError: it is another kind of SAE.
     """
-    kinds = [(one.config.name, one.config.kind, one.config.activation.name) for one in (published, sae)]
-    if kinds[0] != kinds[1]:
-        raise InputError("start", path, f"an SAE of the kind that is trained, {kinds[1]}, not {kinds[0]}")
+    check_start(sae, published, path)
     weights, own = published.state_dict(), sae.state_dict()
-    for name in sorted(weights.keys() ^ own.keys()):
-        raise InputError("start", path, f"an SAE with the same options; only one of the two has {name}")
-    for name, tensor in weights.items():
-        if tensor.shape != own[name].shape:
-            shape = list(own[name].shape)
-            raise InputError("start", path, f"{name} of shape {shape}, not {list(tensor.shape)}")
     frame = {name: own[name].clone() for name in FRAME if name in own}
     sae.load_state_dict(weights)
     here = sae.state_dict()  # the tensors themselves

@@ -148,7 +148,7 @@ class Progress:
             f"{self._tokens:,} of {self.total_tokens:,} tokens",
             f"{self.tokens_per_s():,.0f} tokens/s",
         ]
-        if self._tokens < self.total_tokens:
+        if self._tokens < self.total_tokens and self._phase != "done":  # data may end before
             facts.append(f"{duration(self.seconds_left())} left")
         return [*facts, f"step {self._step:,}", printable(self._phase)]
 

@@ -180,6 +180,7 @@ class Trainer:
         if self._is_judged_at(state.step, steps) and state.extra.get("judged") != state.step:
             self.judge(state)  # the earlier leg was stopped before it could
         units = self.stepper.units(state.members)
+        done: list[Step] | None = None  # empty where a process has no members
         while state.step < steps:
             if not self.saver.poll(self.ranks):
                 self.save(state)
@@ -194,7 +195,7 @@ class Trainer:
                 self.save(state)
                 raise
             if rows is None:
-                self._end_of_data(state, steps)
+                self._end_of_data(state, steps, done)
                 return
             with self.clock.phase("SAE step"):
                 step = partial(self._step, rows=rows.widened(), step=state.step)
@@ -219,8 +220,10 @@ class Trainer:
         wanted = self.evaluate is not None and self.eval_every > 0
         return wanted and 0 < step < steps and step % self.eval_every == 0
 
-    def _end_of_data(self, state: TrainState, steps: int) -> None:
+    def _end_of_data(self, state: TrainState, steps: int, done: list[Step] | None) -> None:
         if self.allow_short:
+            if done is not None and not (self.log_every and state.step % self.log_every == 0):
+                self._observe(state, done)  # as after the last step of any run
             self.save(state)
             logger.warning("the data ended at step %d of %d; the run ends there", state.step, steps)
             return

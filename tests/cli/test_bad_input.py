@@ -8,11 +8,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sae_train.activations.topk import TopKConfig
 from sae_train.cli import language_model
 from sae_train.cli.folder import owned
 from sae_train.cli.main import main
 from sae_train.errors import NumericsError, StoppedEarly
 from sae_train.harvest.corpus import Documents
+from sae_train.places import Widths
+from sae_train.sae.base import SAES
 from sae_train.sae.io import save_sae
 from sae_train.sae.linear import LinearConfig, LinearSAE
 from sae_train.train.trainer import Trainer
@@ -102,7 +105,15 @@ def tiny(tiny_model_dir, tiny_corpus_dir, no_pictures) -> list[str]:
         ("optm.lr=1", ("optm.lr", "optim.lr")),
         ("train.token=5", ("train.token", "train.tokens")),
         ("run.name=a/b", ("run.name", "a/b")),
-        ("saes={x: {sae: {activation: {q: 3}}}}", ("saes.x", "q")),
+        ("saes={x: {sae: {activation: {q: 3}}}}", ("saes.x.sae.activation.q=3", "k_start")),
+        ("saes={x: {optim: {lr: fast}}}", ("saes.x.optim.lr='fast'", "a number")),
+        ("saes={x: {hok: 3}}", ("saes.x.hok=3", "a key of a member: hook, target")),
+        ("saes={x: {sae: 3}}", ("saes.x=", "what differs")),
+        ("grid={kk: [4, 8]}", ("grid.kk=[4, 8]", "a key of a member", "a short name: k,")),
+        ("grid={k: [4], target_l0: [3]}", ("grid.target_l0=[3]", "a key of sae.activation: name, k")),
+        ("grid={k: [many]}", ("grid.k=['many']", "a whole number")),
+        ("corpus.name=[a,b]", ("corpus.name=", "one text, not a list")),
+        ("corpus.name=no/such/*.jsonl", ("corpus.name='no/such/*.jsonl'", "some file matches")),
         ("saes={../x: {}}", ("saes",)),
         ("sae.activation.k", ("override", "sae.activation.k", "key=value")),
         ("~optim.lr", ("override", "deleted")),
@@ -126,6 +137,28 @@ def tiny(tiny_model_dir, tiny_corpus_dir, no_pictures) -> list[str]:
 )  # fmt: skip
 def test_a_wrong_value_is_named_before_weights_load(tiny, refused, no_weights, override, words):
     refused(["train", *tiny, override], *words)
+
+
+def test_keys_of_the_chosen_architecture_are_known_ones(tiny, refused, no_weights):
+    refused(
+        ["train", *tiny, "sae=matryoshka", "sae.prefixes=[0.25,1]"], "sae.prefixes", "one text, not a list"
+    )
+
+
+def test_several_hooks_beside_named_members_are_refused(tiny, refused, no_weights):
+    hooks = "hook=[resid_post.1,mlp_out.1]"
+    refused(["train", *tiny, hooks, "saes={a: {}, b: {}}"], "hook=", "saes.NAME.hook")
+
+
+def test_an_sae_that_cannot_be_the_start_is_named_before_weights_load(tiny, refused, no_weights, tmp_path):
+    for name, more in (("gated", {}), ("linear", {"d_sae": 40}), ("linear", {"kind": "transcoder"})):
+        config = SAES.config(name)(**{"d_sae": 48, "activation": TopKConfig(k=4)} | more)
+        (tmp_path / "saes").mkdir()
+        save_sae(SAES.build(config, Widths((32,), (32,) if more.get("kind") else ())), tmp_path / "saes", {})
+        told = "not a " if name == "gated" or more.get("kind") else "of shape [48, 32], not [40, 32]"
+        refused(["train", *tiny, f"start={tmp_path / 'saes'}"], "start=", told)
+        shutil.rmtree(tmp_path / "saes")
+    refused(["train", *tiny, f"start={tmp_path}"], "start=", "config.json")
 
 
 def test_more_rows_than_there_are_is_answered_before_any_is_read(refused, tmp_path, monkeypatch):
@@ -154,6 +187,19 @@ def test_more_rows_than_there_are_is_answered_before_any_is_read(refused, tmp_pa
         twice = [f"train.tokens={2 * rows + 8}", "source.epochs=2"]
         refused(["train", *source, *shared, *twice], "train.tokens", f"at most {2 * rows}")
     assert not list(tmp_path.glob("runs/*/checkpoints/step-*"))
+
+
+def test_a_model_beside_shards_that_were_not_harvested_from_it_is_said_to_have_no_effect(
+    tiny, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["harvest", *tiny, "out=shards"]) == 0
+    own = next(argument for argument in tiny if argument.startswith("model.name="))
+    rest = ["source=shards", "source.path=shards", *TINY, "eval.every=0"]
+    for model, said in (([], False), ([own], False), (["model.name=gpt2"], True)):
+        capsys.readouterr()
+        assert main(["train", *rest, *model, f"run.dir=run{len(model)}{said}"]) == 0
+        assert ("model.name=gpt2 has no effect" in capsys.readouterr().err) == said
 
 
 def test_a_wrong_command_or_missing_key_is_answered(refused):
@@ -213,7 +259,12 @@ def test_a_short_corpus_may_be_allowed(tiny, tmp_path, capsys):
     run = tmp_path / "run"
     assert main(["train", *tiny, "train.tokens=100000", "corpus.allow_short=true", f"run.dir={run}"]) == 0
     assert (run / "saes/main/sae.safetensors").exists()
-    assert "data ended" in capsys.readouterr().err
+    told, last = capsys.readouterr().err, json.loads((run / "summary.json").read_text())
+    assert "data ended" in told
+    end = told.strip().splitlines()[-1]
+    assert f"{last['tokens']:,} of 100,000 tokens" in end and "done" in end and "left" not in end
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert any(line["step"] == last["steps"] and "main/loss" in line for line in logged)
 
 
 @pytest.mark.parametrize("text", ["w1", "w1 w2 w3", "w1 w2 w3 " * 500])

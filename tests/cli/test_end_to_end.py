@@ -108,7 +108,7 @@ def test_a_run_on_rows_from_an_sae_begins_where_that_one_ended(tiny, tmp_path, o
         (["train.loss=kl", "kernels.stepper=fused"], "kernels.stepper"),
         (["train.loss=mse"], "train.loss"),
         (["train.loss_weight=-1"], "train.loss_weight"),
-        (["start=/nowhere"], "path"),
+        (["start=/nowhere"], "start='/nowhere'"),
         (["start=[a,b]"], "start"),
     ],
 )

@@ -109,6 +109,17 @@ def test_training_goes_on_from_an_imported_sae(
     assert fvu[0][0] < fvu[1][0], "it starts where the other ended"
 
 
+def test_what_was_imported_into_a_run_is_not_in_the_way_of_exporting_the_one_it_trained(
+    runs, tmp_path, capsys
+):
+    run = tmp_path / "run"
+    shutil.copytree(runs(), run)
+    command(capsys, "export", f"run={run}", "format=sparsify", f"out={tmp_path / 'sparsify'}")
+    command(capsys, "import", f"path={tmp_path / 'sparsify'}", f"out={run / 'saes' / 'back'}")
+    command(capsys, "export", f"run={run}", "format=saelens", f"out={tmp_path / 'saelens'}")
+    assert (tmp_path / "saelens" / "cfg.json").exists()
+
+
 @pytest.mark.parametrize(
     ("format_name", "files"),
     [

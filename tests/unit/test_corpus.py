@@ -370,9 +370,16 @@ def test_a_folder_without_usable_text_is_refused(tmp_path, files, message):
         list(documents_of(tmp_path))
 
 
+def test_parquet_without_rows_is_passed_over_among_others(tmp_path):
+    write_rows(tmp_path / "a.parquet", pyarrow.array([], pyarrow.string()))
+    write_rows(tmp_path / "b.parquet", ROWS)
+    assert [document.text for document in documents_of(tmp_path)] == ROWS
+
+
 def test_a_corpus_without_rows_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"corpus.name=.*BatchSize must be greater than 0"):
-        documents_of(write_rows(tmp_path / "a.parquet", pyarrow.array([], pyarrow.string())))
+    empty = write_rows(tmp_path / "a.parquet", pyarrow.array([], pyarrow.string()))
+    with pytest.raises(InputError, match=r"corpus.name=.*these 1 are empty"):
+        documents_of(empty)
     (tmp_path / "a.json").write_text("[]")
     with pytest.raises(InputError, match=r"corpus.name="):
         documents_of(tmp_path / "a.json")
