@@ -252,7 +252,11 @@ def _until_hooks(model: nn.Module, sites: list[Site]) -> tuple[dict[str, int], l
         if weight is not None and weight.dim() == 2:
             ran.append((weight.numel(), output.shape[-1]))
 
-    handles: list[Any] = []
+    def anew(*_: Any) -> None:  # a forward that failed for its mask is tried with another
+        ran.clear()
+        reached.clear()
+
+    handles: list[Any] = [model.register_forward_pre_hook(anew)]
     for module in model.modules():
         if not isinstance(module, nn.Embedding) and not any(True for _ in module.children()):
             handles.append(module.register_forward_hook(count))

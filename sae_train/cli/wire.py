@@ -235,11 +235,11 @@ def _stream(
             wanted = "rows, or one causal language model to train through"
             raise InputError("train.loss", config.train.loss, wanted)
         by_key = {site.key: site for site in lm.sites}
-        through = EndToEnd(lm.model, by_key, lm.special, config.filter, config.train.loss)
         count = config.train.batch_tokens // length
         batches = WindowSource(
             windows["train"], harvester, lm.special, config.filter, count, length, identity
         )
+        through = EndToEnd(lm.model, by_key, lm.special, config.filter, config.train.loss, batches.tally)
     return Wired(
         shards,
         batches,

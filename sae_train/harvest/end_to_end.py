@@ -10,7 +10,7 @@ Learning" (arXiv:2405.12241); a short fine-tuning at the end of training gives m
 "Revisiting End-To-End Sparse Autoencoder Training" (arXiv:2503.17272).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +60,7 @@ class EndToEnd:
         special_ids: [S] int64 tokens whose positions are left alone.
         filters: which positions are ordinary.
         loss: kl, from the clean predictions, or ce, the next token's negative log-likelihood.
+        tally: told the tokens seen, kept and dropped per rule of windows that are read for the first time.
     """
 
     def __init__(
@@ -69,10 +70,12 @@ class EndToEnd:
         special_ids: Tensor,
         filters: FilterConfig,
         loss: str,
+        tally: Callable[[Mapping[str, int]], None] = lambda counts: None,
     ) -> None:
         assert loss in LOSSES, loss
         self.model, self.sites, self.loss_name = model.requires_grad_(False), dict(sites), loss
         self.special_ids, self.filters = special_ids, filters
+        self.tally, self._counted = tally, -1
 
     @torch.no_grad()
     def read(self, windows: Windows, places: Places) -> Read:
@@ -87,7 +90,10 @@ class EndToEnd:
         visits = {self.sites[key]: lambda x, key=key: keep(key, x) for key in places.hooks}
         with hooked(self.model, visits), above.remembering():
             logits = self.model(**inputs(self.model, windows.tokens, windows.valid)).logits
-        mask, _, _ = keep_mask(seen, windows.tokens, windows.valid, self.special_ids, self.filters)
+        mask, counts, _ = keep_mask(seen, windows.tokens, windows.valid, self.special_ids, self.filters)
+        if int(windows.index[-1]) > self._counted:  # several SAEs read the same ones: the first to, counts
+            self._counted = int(windows.index[-1])
+            self.tally(counts)
         clean = logits.new_zeros(0, dtype=torch.float32)
         if self.loss_name == "kl":
             clean = logits[counted(mask, windows.valid)].float().log_softmax(dim=-1)

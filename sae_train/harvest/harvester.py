@@ -213,7 +213,8 @@ def check_sites(model: nn.Module, sites: list[Site]) -> dict[str, int]:
         NeedsWeights: the model has none, and cannot do without.
     """
     seen: dict[Site, list[Tensor]] = {site: [] for site in sites}
-    device = next(model.parameters()).device
+    bare = any(weight.is_meta for weight in model.parameters())  # XLNet makes one of its weights all the same
+    device = torch.device("meta") if bare else next(model.parameters()).device
     # A second window costs nothing without weights, and tells rows from tables of positions.
     shape = (2 if device.type == "meta" else 1, CHECK_TOKENS)
     arguments: dict[str, Any] = {"input_ids": torch.zeros(shape, dtype=torch.int64, device=device)}
@@ -224,7 +225,7 @@ def check_sites(model: nn.Module, sites: list[Site]) -> dict[str, int]:
         if device.type == "meta":
             _on_shapes(model, arguments, seen)
         else:
-            model(**arguments)
+            _on_weights(model, arguments)
     for site, tensors in seen.items():
         if len(tensors) != 1:
             times = "never runs" if not tensors else f"runs {len(tensors)} times"
@@ -232,6 +233,18 @@ def check_sites(model: nn.Module, sites: list[Site]) -> dict[str, int]:
         if tensors[0].ndim != 3 or tensors[0].shape[:2] != shape:
             raise _misshapen(site, tensors[0])
     return {site.key: tensors[0].shape[2] for site, tensors in seen.items()}
+
+
+def _on_weights(model: nn.Module, arguments: dict[str, Any]) -> None:
+    try:
+        model(**arguments)
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a stranger's code; the dtype is the one thing about it that was chosen here
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        says = redact(str(error), os.environ)
+        wanted = f"one in which this model runs (float32, bfloat16 or float16); it says: {says}"
+        raise InputError("model.dtype", dtype, wanted) from error
 
 
 def _on_shapes(model: nn.Module, arguments: dict[str, Any], seen: dict[Site, list[Tensor]]) -> None:

@@ -49,9 +49,8 @@ def is_causal_lm(model: nn.Module) -> bool:
 
     name = type(model).__name__
     hf_config: Any = model.config
-    if hf_config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(
-        hf_config, "is_decoder", False
-    ):
+    both_ways = hf_config.model_type in (*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation")
+    if hf_config.model_type == "xlnet" or (both_ways and not getattr(hf_config, "is_decoder", False)):
         return False
     return name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or name.endswith("ForCausalLM")
 

@@ -192,7 +192,9 @@ def load_model(config: ModelConfig, tokenizer: Any = None) -> tuple[nn.Module, M
 def check_context(hf_config: Any, context_length: int) -> None:
     """Raises InputError if a window is longer than the positions the model was made for."""
     text = hf_config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None)
+    names = ("max_position_embeddings", "max_seq_len", "n_positions")
+    limits = [getattr(text, name, None) for name in names]
+    limit = next((number for number in limits if isinstance(number, int) and number > 0), None)
     if limit is not None and text.model_type in ("roberta", "xlm-roberta", "camembert"):
         limit -= text.pad_token_id + 1  # their positions start after the padding's
     if limit is not None and context_length > limit:

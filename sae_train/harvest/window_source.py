@@ -57,8 +57,11 @@ class WindowSource:
             return None
         length = windows.tokens.shape[1]
         ids = (windows.index[:, None] * length + torch.arange(length))[windows.valid]
-        self.counts.update(seen=windows.valid.numel(), kept=len(ids))
         return RowBatch({}, ids, windows)
+
+    def tally(self, counts: Mapping[str, int]) -> None:
+        """Count tokens seen, kept and dropped per rule. Known to those who have the rows, not here."""
+        self.counts.update(counts)
 
     def sample(self, rows: int) -> dict[str, Tensor]:
         """Rows of the first windows, at most `rows`; the windows are trained on all the same.

@@ -226,15 +226,14 @@ def run_of(
 
 def told(member: MemberConfig, config: Config) -> dict[str, Any]:
     """What a member says of itself in `saes`: where it differs from the run's own keys."""
-    hooks, targets, starts = (_first(value) for value in (config.hook, config.target, config.start))
     out: dict[str, Any] = {}
     for key, mine, theirs in (
-        ("hook", member.hook, hooks),
-        ("target", member.target, targets),
-        ("start", member.start, starts),
+        ("hook", member.hook, config.hook),
+        ("target", member.target, config.target),
+        ("start", member.start, config.start),
         ("seed", member.seed, config.run.seed),
     ):
-        if mine != theirs:
+        if mine != theirs:  # as it does where there is one for each hook
             out[key] = mine
     out |= {
         key: inner
@@ -245,10 +244,6 @@ def told(member: MemberConfig, config: Config) -> dict[str, Any]:
         if inner
     }
     return out
-
-
-def _first(value: Any) -> Any:
-    return value[0] if isinstance(value, list) else value
 
 
 def _renamed(hook: str, names: dict[str, str]) -> str:

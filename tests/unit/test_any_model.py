@@ -12,7 +12,8 @@ from sae_train.errors import InputError
 from sae_train.harvest.corpus import CorpusConfig
 from sae_train.harvest.harvester import Harvester, NeedsWeights, check_sites, dims_from_config
 from sae_train.harvest.hooks import resolve
-from sae_train.harvest.model import ModelConfig
+from sae_train.harvest.kinds import is_causal_lm
+from sae_train.harvest.model import ModelConfig, check_context
 
 WIDE = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 3}
 HEADS = {"num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": 64}
@@ -80,3 +81,56 @@ def test_a_model_that_looks_at_values_is_checked_when_its_weights_are_there(
 
     with pytest.raises(InputError, match="at most 32"):
         load_language_model(config, corpus, [place], refuse, lambda tokenizer: None)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "more", "causal"),
+    [
+        ("bert-generation", HEADS, False),
+        ("bert-generation", HEADS | {"is_decoder": True}, True),
+        ("xlnet", {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64}, False),
+        ("opt", SIZES["opt"], True),
+        ("mamba", SIZES["mamba"], True),
+    ],
+)
+def test_cross_entropy_is_for_models_that_do_not_look_ahead(model_type, more, causal):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **WIDE | more | SPECIALS)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    tokens = torch.randint(4, 128, (1, 12))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight), alpha=0.1)
+        before = model(input_ids=tokens).logits[:, :8]
+        tokens[:, -1] = 3
+        ahead = (model(input_ids=tokens).logits[:, :8] - before).abs().max()
+    assert is_causal_lm(model) == causal == (float(ahead) < 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "more", "limit"),
+    [("mpt", {"max_seq_len": 48}, 48), ("opt", SIZES["opt"], 64), ("xlnet", {}, None), ("bloom", {}, None)],
+)
+def test_a_context_is_as_long_as_the_positions_that_a_model_has(model_type, more, limit):
+    config = AutoConfig.for_model(model_type, **more)
+    check_context(config, limit or 10**6)
+    if limit is not None:
+        with pytest.raises(InputError, match=f"at most {limit}"):
+            check_context(config, limit + 1)
+
+
+def test_a_model_that_does_not_run_in_its_dtype_says_so():
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = AutoConfig.for_model("opt", **SIZES["opt"])
+            self.layers = nn.ModuleList([nn.Linear(4, 4, dtype=torch.bfloat16)])
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return self.layers[0](torch.ones(*input_ids.shape, 4))
+
+    model = Odd()
+    with pytest.raises(
+        InputError, match=r"model\.dtype='bfloat16': expected one in which this model runs .* dtype"
+    ):
+        check_sites(model, [resolve("layers.0", model)])

@@ -54,7 +54,7 @@ def setting(tiny_model, hook: str, target: str | None, loss: str):
     by_key = {site.key: site for site in sites.values()}
     harvester = Harvester(model, list(by_key.values()), 4, context_length=T)
     source = WindowSource(Counting(), harvester, SPECIAL, FILTERS, 4, T, {})
-    return EndToEnd(model, by_key, SPECIAL, FILTERS, loss), source, places
+    return EndToEnd(model, by_key, SPECIAL, FILTERS, loss, source.tally), source, places
 
 
 def make_member(
@@ -153,7 +153,24 @@ def test_a_source_of_windows_goes_on_where_it_was_and_gives_every_token_once(tin
     again = source.next_batch()
     assert torch.equal(second.windows.tokens, again.windows.tokens)
     assert second.ids.tolist() == again.ids.tolist() == list(range(4 * T, 8 * T))
-    assert source.counts["kept"] == 8 * T
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_tokens_are_counted_once_however_many_saes_read_them(tiny_model, accumulate):
+    model, source, places = setting(tiny_model, "resid_post.1", None, "kl")
+    members = [make_member(source, places) for _ in range(2)]
+    stepper = EndToEndStepper(model, 1.0, accumulate)
+    kept = 0
+    for _ in range(3):
+        rows = source.next_batch()
+        for member in members:
+            stepper.step(member, stepper.take(member, rows))
+        kept += int(model.read(rows.windows, members[0].places).mask.sum())
+    assert source.counts["seen"] == 3 * 4 * T
+    assert 0 < source.counts["kept"] < source.counts["seen"]  # special tokens are left out
+    assert source.counts["kept"] == sum(member.stats.tokens for member in members) // 2
+    if accumulate == 1:
+        assert source.counts["kept"] == kept
 
 
 def test_the_sample_is_of_windows_that_are_trained_on_all_the_same(tiny_model):

@@ -166,3 +166,20 @@ def test_an_unknown_family_gets_its_longest_module_list_and_says_so_once(caplog)
     assert len([r for r in caplog.records if "toy" in r.getMessage()]) == 1
     with pytest.raises(InputError, match="not a family that knows it"):
         resolve("mlp_out.1", Toy())
+
+
+def lists_of(depth: int | None, **lengths: int) -> nn.Module:
+    """A model of no family with these lists of modules."""
+    model = nn.Module()
+    model.config = SimpleNamespace(model_type="toy", num_hidden_layers=depth)
+    for name, length in lengths.items():
+        model.add_module(name, nn.ModuleList([nn.Linear(4, 4) for _ in range(length)]))
+    return model
+
+
+def test_layers_are_not_guessed_to_be_a_deeper_vision_tower_or_a_part_of_each_layer():
+    assert resolve("resid_post.1", lists_of(3, visual=8, text=3)).path == "text.1"
+    assert resolve("resid_post.1", lists_of(None, experts=2, text=3)).path == "text.1"
+    for depth in (3, None):
+        with pytest.raises(InputError, match=r"hook='resid_post\.1'"):
+            resolve("resid_post.1", lists_of(depth, attentions=3, norms=3, ffns=3))

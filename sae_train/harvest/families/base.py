@@ -74,21 +74,35 @@ def register(family: Family) -> Family:
 
 
 def family_of(model: nn.Module) -> Family | None:
-    """The family of a model, by its model type; for an unknown type the longest list of modules, said once.
+    """The family of a model, by its model type; for an unknown type a guess at its layers, said once.
 
-    The guess supports resid_pre and resid_post only: what comes into and goes out of a layer. None if the
-    model has no list of modules at all.
+    The guess supports resid_pre and resid_post only: what comes into and goes out of a layer. None if there
+    is nothing to guess from.
     """
     model_type = getattr(model.config, "model_type", "")
     if model_type in FAMILIES:
         return FAMILIES[model_type]
-    lists = {name: len(module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    if not lists:
+    layers = _guessed(model)
+    if layers is None:
         return None
-    longest = max(lists, key=lambda name: lists[name])
-    _say_once(model_type, longest)
+    _say_once(model_type, layers)
     sites = {"resid_pre": ("", "in"), "resid_post": ("", "out")}
-    return Family(model_types=(model_type,), layers=longest, sites=sites)
+    return Family(model_types=(model_type,), layers=layers, sites=sites)
+
+
+def _guessed(model: nn.Module) -> str | None:
+    """The list of modules that is as long as the text model is deep, or else the longest. None if there is
+    none, or several beside each other: these are then parts of layers (XLM's attentions, its norms ...)."""
+    lists = {name: len(module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    config: Any = model.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    depth = getattr(text, "num_hidden_layers", None)
+    length = depth if depth in lists.values() else max(lists.values(), default=0)
+    names = [name for name in lists if lists[name] == length]
+    of_text = [name for name in names if "language_model" in name.split(".")] or names
+    outermost = [name for name in of_text if not any(name.startswith(f"{other}.") for other in of_text)]
+    beside = [name for name in outermost[1:] if name.rpartition(".")[0] == outermost[0].rpartition(".")[0]]
+    return None if not outermost or beside else outermost[0]
 
 
 @cache
