@@ -64,9 +64,10 @@ def members(config: Config, composed: DictConfig) -> list[MemberConfig]:
         raise InputError(
             "saes", config.saes, "names with what differs: saes={a: {sae: {activation: {k: 16}}}, b: {}}"
         )
-    own = all("hook" in (differs or {}) for differs in (config.saes or {}).values())
-    if config.saes and len(hooks) > 1 and not own:
-        raise InputError("hook", config.hook, "one hook beside saes; a member's own is saes.NAME.hook")
+    if config.saes and len(hooks) > 1:
+        told = [isinstance(differs, dict) and "hook" in differs for differs in config.saes.values()]
+        if not all(told):
+            raise InputError("hook", config.hook, "one hook beside saes; a member's own is saes.NAME.hook")
     if config.saes:
         wanted: dict[str, tuple[int, Any]] = {name: (0, differs) for name, differs in config.saes.items()}
     elif len(hooks) == 1:
