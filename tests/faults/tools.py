@@ -196,8 +196,8 @@ def send(number: int) -> str:
 
 ROWS = ("sae_train.shards.source:ShardSource.next_batch", "args[0].batches")
 WINDOWS = ("sae_train.harvest.window_source:WindowSource.next_batch", "args[0].counts['seen'] // 32 + 1")
-"""What gives a run its batches -> how many it has given; of windows, for batches of 32 tokens, which are counted
-when the step has read them."""
+"""What gives a run its batches -> how many it has given; of windows, for batches of 32 tokens, which are
+counted when the step has read them."""
 
 
 def at_step(step: int, action: str, batches: tuple[str, str] = ROWS) -> str:
