@@ -4,7 +4,8 @@
     python kernels/bench/pipeline.py --model 135m       what a CPU can do
 
 A Llama with random weights reads random tokens (its speed depends on neither), and the residual stream after
---layer trains a TopK SAE with the parts and defaults of `sae-train train`. Timed by turns, --rounds times:
+--layer trains a TopK SAE with the parts and defaults of `sae-train train`; on a CPU the model is in float32.
+Timed by turns, --rounds times:
 
     forward     the model up to that layer, and nothing else
     step        steps of the SAE on a shard that is there
@@ -187,7 +188,7 @@ class Bench:
 
         self.a, self.device = a, torch.device(a.device)
         self.autocast = torch.bfloat16 if native_bfloat16(self.device) else None
-        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32  # as model.dtype=auto
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         torch.manual_seed(0)
         with torch.device(self.device):
             llama = LlamaForCausalLM(LlamaConfig(**LLAMAS[a.model], max_position_embeddings=a.context))

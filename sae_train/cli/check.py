@@ -80,9 +80,9 @@ def check_widths(wanted: list[MemberConfig], dims: Mapping[str, int], split: Spl
 def load_starts(wanted: list[MemberConfig]) -> dict[str, SAE]:
     """The SAEs that members start from, by path, without memory. Raises InputError if one cannot be read."""
     found: dict[str, SAE] = {}
-    for path in filter(None, (member.start for member in wanted)):
+    for path in dict.fromkeys(member.start for member in wanted if member.start is not None):
         try:
-            found[path] = found[path] if path in found else load_sae(path).to("meta")
+            found[path] = load_sae(path).to("meta")
         except InputError as error:
             field = "start" if error.field == "path" else error.field
             raise InputError(field, error.value, error.accepted) from None

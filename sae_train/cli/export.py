@@ -143,8 +143,7 @@ def published(request: ExportConfig, format_: Format) -> list[Path]:
         if not found:
             raise InputError("sae", request.sae, f"one of {names}")
     elif (record := RunRecord.read(folder)) is not None:
-        # `sae-train import` may have put others beside those that were trained here.
-        found = [path for path in found if path.name in record.config.get("members", names)] or found
+        found = [path for path in found if record.trained(path.name)] or found
     if len(found) > 1 and not format_.whole_set:
         raise InputError("sae", None, f"one of {names}: {format_.name} holds one in a folder")
     return found

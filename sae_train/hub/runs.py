@@ -111,9 +111,7 @@ def trained_saes(runs: list[str], name: str | None, base_model: str | None) -> l
         if record.status != "done" or not folders:
             wanted = f"a finished run; this one is {record.status}, and its train command goes on with it"
             raise InputError("run", str(run), wanted)
-        known = record.config.get("members")
-        # `sae-train import` may have put others beside those that were trained here.
-        mine = {folder.name: not isinstance(known, dict) or folder.name in known for folder in folders}
+        mine = {folder.name: record.trained(folder.name) for folder in folders}
         members = [member for member in mine if mine[member]]
         if name is not None and name not in members:
             told = f": {name} is there, but was not trained in it" if name in mine else ""

@@ -56,6 +56,11 @@ class RunRecord:
         except (OSError, StoppedEarly) as error:
             logger.warning("run.json stays as it was (%s)", error)
 
+    def trained(self, name: str) -> bool:
+        """Whether an SAE in its folder was trained there: `sae-train import` may have put others beside."""
+        members = self.config.get("members")
+        return not isinstance(members, dict) or name in members
+
     @classmethod
     def read(cls, folder: Path) -> "RunRecord | None":
         """The record of a run folder, or None where no run was started.
