@@ -31,6 +31,10 @@ REPEATS_SAMPLE = 10_000
 """Documents, from the first on, whose hashes are kept to find exact copies: about a megabyte."""
 REPEATS_WARNED = 0.1
 """Share of copies among them that is worth a warning."""
+REPLACED_WARNED = 1e-3
+"""Share of characters that are U+FFFD that is worth a warning: Latin-1 read as UTF-8 has many more."""
+REPLACED_LEAST = 20
+"""Fewer are no evidence."""
 _SOURCE_KEYS = ("name", "subset", "split", "revision", "text_column", "weight")
 
 
@@ -182,6 +186,8 @@ class Documents(Iterator[Document]):
         self.counts = {"documents": 0, "empty_documents": 0, "replaced_characters": 0}
         # Of the documents so far, while they are looked at for copies: in training, from the very first on.
         self._hashes: set[int] | None = set() if split == "train" else None
+        # While U+FFFD are looked for, likewise.
+        self._characters: int | None = 0 if split == "train" else None
 
     def fingerprint(self) -> dict[str, str]:
         """Everything that content and order of the documents are a function of; not the number of passes."""
@@ -212,6 +218,10 @@ class Documents(Iterator[Document]):
                 continue
             self.counts["documents"] += 1
             self.counts["replaced_characters"] += replaced
+            if self._characters is not None:
+                self._characters += len(text)
+                if replaced:
+                    self._warn_of_replaced(self._characters)
             if self._hashes is not None:
                 self._hashes.add(text_hash(text))
                 if self.counts["documents"] == REPEATS_SAMPLE:
@@ -245,6 +255,8 @@ class Documents(Iterator[Document]):
                 accepted = f"a share that selects at least one of the corpus's {self._read} documents"
             else:
                 accepted = f"a share that leaves some text of the corpus's {self._read} documents to train on"
+            if any(source.is_uncut for source in self._sources):
+                accepted += "; each .txt is one, and corpus.documents=paragraph (or line) makes it many"
             raise InputError("corpus.holdout", self.config.holdout, accepted)
         self._warn_of_repeats()
         if self.epoch + 1 >= self._epochs:
@@ -271,6 +283,19 @@ class Documents(Iterator[Document]):
                 ", ".join(spec.name for spec in self.specs),
             )
 
+    def _warn_of_replaced(self, characters: int) -> None:
+        """Say so if text cannot have been UTF-8; then stop looking."""
+        found = self.counts["replaced_characters"]
+        if found >= REPLACED_LEAST and found > REPLACED_WARNED * characters:
+            self._characters = None
+            log.warning(
+                "%d of the first %d characters of training text are U+FFFD, which is what bytes that are not "
+                "UTF-8 become: convert %s to UTF-8, or the SAE learns features of them",
+                found,
+                characters,
+                ", ".join(spec.name for spec in self.specs),
+            )
+
     def state_dict(self) -> dict[str, Any]:
         """JSON-able position after the last document returned."""
         return {
@@ -285,7 +310,7 @@ class Documents(Iterator[Document]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self._read, self.counts = state["epoch"], state["read"], dict(state["counts"])
-        self._hashes = None
+        self._hashes = self._characters = None
         assert len(state["sources"]) == len(self._sources), "compare fingerprints before loading a state"
         for index, saved in enumerate(state["sources"]):
             self._sources[index].seek(saved["cursor"], saved["rows"])

@@ -100,6 +100,11 @@ class TextSource:
         self.is_empty = next(self, None) is None
         self.seek(None, 0)
 
+    @property
+    def is_uncut(self) -> bool:
+        """Whether it has text files that are a document each."""
+        return self._format == "text" and self.spec.documents == "file"
+
     def _open(self) -> "IterableDataset":
         import datasets
         from huggingface_hub import HfApi

@@ -1,7 +1,7 @@
 """Text that is odd, damaged, gone for a while or changed: what a run does about it, end to end.
 
 Rows D1 to D11 of the fault matrix. Outages are those of a real web server on this machine (`http_faults`);
-what belongs to reading one file is in tests/unit/test_corpus.py.
+what belongs to reading one file is in tests/unit/test_corpus.py and test_corpus_outages.py.
 """
 
 import gzip
