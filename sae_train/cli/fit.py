@@ -229,7 +229,7 @@ def _one_model(config: ModelConfig, hooks: list[str], itemsize: int) -> tuple[Mo
     sites = [resolve(hook, model) for hook in hooks]
     text = hf_config.get_text_config()
     weights = sum(p.numel() for p in model.parameters()) * itemsize
-    dims, ran = _until_hooks(model, sites)
+    dims, ran = _until_hooks(model, sites, getattr(text, "num_experts_per_tok", None))
     causal = model.get_output_embeddings() is not None  # type: ignore[operator]
     shape = ModelShape(
         weights_bytes=weights,
@@ -242,15 +242,26 @@ def _one_model(config: ModelConfig, hooks: list[str], itemsize: int) -> tuple[Mo
     return shape, {site.name: dims[site.key] for site in sites}
 
 
-def _until_hooks(model: nn.Module, sites: list[Site]) -> tuple[dict[str, int], list[tuple[int, int]]]:
-    """Site key -> D; and of every matrix on the way to the last: how many numbers, what width it gives."""
+def _until_hooks(
+    model: nn.Module, sites: list[Site], experts: int | None
+) -> tuple[dict[str, int], list[tuple[int, int]]]:
+    """Site key -> D; and of every matrix on the way to the last: how many numbers, what width it gives.
+
+    Of experts, whose matrices lie in one tensor [E, ., .], a token goes through `experts`, if None all."""
     ran: list[tuple[int, int]] = []
     reached: list[int] = []
+
+    def stacks(module: nn.Module) -> list[nn.Parameter]:
+        return [p for p in module.parameters(recurse=False) if p.dim() == 3 and type(module) is not nn.Conv1d]
 
     def count(module: nn.Module, args: Any, output: Any) -> None:
         weight = getattr(module, "weight", None)
         if weight is not None and weight.dim() == 2:
-            ran.append((weight.numel(), output.shape[-1]))
+            given = output[0] if isinstance(output, tuple) else output  # routers give scores and choices
+            ran.append((weight.numel(), given.shape[-1]))
+        for stack in stacks(module):
+            taken = min(experts, len(stack)) if experts else len(stack)
+            ran.append((taken * stack[0].numel(), taken * max(stack.shape[1:])))
 
     def anew(*_: Any) -> None:  # a forward that failed for its mask is tried with another
         ran.clear()
@@ -258,7 +269,8 @@ def _until_hooks(model: nn.Module, sites: list[Site]) -> tuple[dict[str, int], l
 
     handles: list[Any] = [model.register_forward_pre_hook(anew)]
     for module in model.modules():
-        if not isinstance(module, nn.Embedding) and not any(True for _ in module.children()):
+        leaf = not any(True for _ in module.children())
+        if not isinstance(module, nn.Embedding) and (leaf or stacks(module)):
             handles.append(module.register_forward_hook(count))
     for site in sites:
         module = model.get_submodule(site.path)

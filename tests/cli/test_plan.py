@@ -9,6 +9,8 @@ import pytest
 
 from sae_train.cli import fit
 from sae_train.cli.main import main
+from sae_train.config import Config
+from sae_train.harvest.model import ModelConfig
 from sae_train.plan import MARGIN
 from sae_train.plan_job import GIB
 
@@ -67,6 +69,24 @@ def test_a_plan_of_a_language_model_needs_no_weights_and_no_text(tiny_model_dir,
     assert deeper["rows_per_s"] < plan["rows_per_s"]
     assert main(["plan", *keys, "hook=resid_post.99"]) == 2
     assert "resid_post.99" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("model_type", "experts"), [("mixtral", 6), ("qwen3_moe", 5), ("gpt_oss", 4)])
+def test_a_token_goes_through_the_experts_that_it_is_sent_to(model_type, experts, tmp_path):
+    from transformers import AutoConfig
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "vocab_size": 64, "head_dim": 8}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2}
+    sizes |= {"intermediate_size": 40, "moe_intermediate_size": 40, "num_local_experts": experts}
+    AutoConfig.for_model(model_type, pad_token_id=0, bos_token_id=1, eos_token_id=2, **sizes).save_pretrained(
+        tmp_path
+    )
+    config = Config(model=ModelConfig(name=str(tmp_path)))
+    shape, dims = fit.model_shape(config, ["resid_post.1"], low=False)
+    attention, router, expert = 2 * 32 * 32 + 2 * 32 * 16, 32 * experts, 3 * 32 * 40
+    assert shape.used == 2 * (attention + router + 2 * expert)
+    assert shape.widest == 2 * 2 * 40
+    assert dims == {"resid_post.1": 32}
 
 
 def test_a_plan_says_what_does_not_fit_and_what_would_help(capsys):
