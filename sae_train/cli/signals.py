@@ -7,6 +7,7 @@ sends it twice to what it preempts, and SIGKILL to what is not to have more time
 import ctypes
 import os
 import signal
+import threading
 from types import FrameType
 
 from sae_train import stop
@@ -21,6 +22,8 @@ class StopSignals:
 
     After the first signal the kernel's own action is in place again for those that are final: the second one
     ends the process even where Python would not get to run a handler, in a long call of a library.
+
+    Only a main thread may handle signals. In another one they do what they did before.
     """
 
     NAMES = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -32,7 +35,7 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         stop.clear()
-        for number in self.NAMES:
+        for number in self.NAMES if threading.current_thread() is threading.main_thread() else ():
             self._before[number] = signal.signal(number, self._handle)
         return self
 

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -88,3 +89,17 @@ def test_afterwards_signals_do_what_they_did_before():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_in_another_thread_signals_are_left_alone():
+    handlers = []
+
+    def inside() -> None:
+        with StopSignals() as signals:
+            signals.defer()
+            handlers.append(signal.getsignal(INT))
+
+    before = signal.getsignal(INT)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(inside).result()
+    assert handlers == [before] == [signal.getsignal(INT)]

@@ -93,6 +93,17 @@ def test_every_example_of_the_page_runs_in_the_order_in_which_it_is_read(
     assert names["effect"].abs().sum() > 0
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_the_notebook_of_whoever_comes_from_elsewhere_trains(folder: Path) -> None:
+    (folder / "texts").mkdir()
+    for text, words in enumerate(torch.randint(90, (200, 50)).tolist()):
+        (folder / "texts" / f"{text}.txt").write_text(" ".join(f"w{word}" for word in words))
+    page = PAGE.with_name("coming-from.md").read_text()
+    names: dict[str, Any] = {}
+    exec(blocks(page)[0], names)
+    assert names["sae"].d_sae == 64
+
+
 def test_the_page_shows_every_public_name_for_using_an_sae() -> None:
     page = PAGE.read_text()
     for name in set(sae_train.__all__) - {"SAE", "FeatureStats", "save_sae", "Recording"}:
