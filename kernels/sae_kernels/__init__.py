@@ -21,9 +21,12 @@ from sae_kernels.contracts import (
     check_codes,
     check_encoder,
     check_gather,
+    check_k,
     check_latents,
+    check_one,
     check_residual,
     check_segments,
+    check_settle,
     check_sparse_grad,
     check_step,
     check_threshold,
@@ -66,8 +69,8 @@ def topk_encode(x: Tensor, w: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor
     reference takes the smaller index; another backend may take another one, so its values are the
     same multiset, and its indices the same set but for such ties.
 
-    Under autocast x and w are rounded to the autocast dtype before they are multiplied (the backend `torch`
-    rounds the product too); gradients are those of the unrounded product, summed in float32. On a GPU
+    Under autocast x and w are rounded to the autocast dtype before they are multiplied (on ROCm the backend
+    `torch` rounds the product too); gradients are those of the unrounded product, summed in float32. On a GPU
     float32 operands are multiplied by torch, in TF32 where torch has been allowed that; rows whose candidates
     did not suffice (`fallbacks`) are encoded again in IEEE float32.
 
@@ -86,7 +89,8 @@ def topk_encode(x: Tensor, w: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor
         ValueError: shapes, dtypes or devices do not fit, or k is not in 1..F.
 
     Source: TopK activation of Gao et al. 2024 (arXiv:2406.04093)."""
-    check_encoder(x, w, b, k)
+    check_encoder(x, w, b)
+    check_k(k, len(w))
     values, indices = autograd.call("topk_encode", x, w, b, k)
     return values, indices
 
@@ -110,7 +114,8 @@ def batch_topk_encode(x: Tensor, w: Tensor, b: Tensor, k: int) -> tuple[Tensor, 
         ValueError: shapes, dtypes or devices do not fit, or k is not in 1..F.
 
     Source: BatchTopK of Bussmann et al. 2024 (arXiv:2412.06410)."""
-    check_encoder(x, w, b, k)
+    check_encoder(x, w, b)
+    check_k(k, len(w))
     values, indices, offsets = autograd.call("batch_topk_encode", x, w, b, k)
     return values, indices, offsets
 
@@ -159,8 +164,7 @@ def dead_encode(x: Tensor, w: Tensor, b: Tensor, k: int) -> Tensor:
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or k is below 1."""
     check_encoder(x, w, b)
-    if k < 1:
-        raise ValueError(f"k is {k}: expected at least 1")
+    check_k(k, None)
     return autograd.call("dead_encode", x, w, b, k)
 
 
@@ -205,7 +209,7 @@ def decode_residual(
     Returns:
         residual [N, D] in target's dtype. Differentiable in values, weight, bias and target.
         loss [N] float32: sum of squares of each row, before it is rounded to target's dtype.
-            Differentiable likewise.
+            Differentiable likewise, as the norm of the residual that is returned.
         dots, float32, as values: <residual[n], weight[indices[j]]>, the gradient of -loss / 2 in values.
             Not differentiable.
 
@@ -329,7 +333,8 @@ def latent_step(
         unit_norm: rows of w_dec are unit vectors and stay so.
         clip: largest gradient norm, over all parameters; None leaves gradients as they are.
         clip_norm: 0-dim norm to compare with `clip` instead of this step's own, which then needs no
-            pass of its own (the norm of the last step that was made, say). NaN skips the step.
+            pass of its own (the norm of the last step that was made, say). NaN skips the step. Without
+            `clip` it is not looked at.
         dead: gradients of another loss in some rows.
         counters: statistics to update; also in a step that is skipped.
 
@@ -338,6 +343,7 @@ def latent_step(
 
     Raises:
         ValueError: shapes, dtypes, devices or options do not fit."""
+    check_one(latents)
     check_latents(x, residual, values, indices, dots, latents, adam, offsets)
     check_step(latents, clip, clip_norm, dead, counters)
     return autograd.run_plain(
@@ -348,7 +354,11 @@ def latent_step(
 
 
 def settle(latents: Latents, adam: AdamStep) -> None:
-    """Catch up the rows that lazy steps have left alone (`Latents.last_step`): before saving or comparing."""
+    """Catch up the rows that lazy steps have left alone (`Latents.last_step`): before saving or comparing.
+
+    Raises:
+        ValueError: latents are those of several SAEs, or adam is not that of lazy steps (beta1 = 0)."""
+    check_settle(latents, adam)
     autograd.run_plain("settle", latents.step, latents, adam)
 
 

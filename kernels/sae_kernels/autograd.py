@@ -57,7 +57,8 @@ class _Encode(torch.autograd.Function):
         dz = grad.masked_fill(values == 0, 0)
         dx = dw = db = None
         if ctx.needs_input_grad[2]:
-            dx = call("sparse_decode", dz, indices, w, *offsets, backend=ctx.asked).to(x.dtype)
+            wide = w.to(torch.promote_types(x.dtype, w.dtype))  # what comes back is of the weight's dtype
+            dx = call("sparse_decode", dz, indices, wide, *offsets, backend=ctx.asked).to(x.dtype)
         if ctx.needs_input_grad[3]:
             dw = call("segment_rows", dz, indices, x, len(w), *offsets, backend=ctx.asked).to(w.dtype)
         if ctx.needs_input_grad[4]:
@@ -84,10 +85,11 @@ class _DeadEncode(torch.autograd.Function):
         dz = grad.masked_fill(acts == 0, 0)
         low = dz.to(ctx.rounded)
         dx = dw = db = None
-        if ctx.needs_input_grad[2]:
-            dx = (low @ w.to(ctx.rounded)).to(x.dtype)
-        if ctx.needs_input_grad[3]:
-            dw = (low.T @ x.to(ctx.rounded)).to(w.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            if ctx.needs_input_grad[2]:
+                dx = (low @ w.to(ctx.rounded)).to(x.dtype)
+            if ctx.needs_input_grad[3]:
+                dw = (low.T @ x.to(ctx.rounded)).to(w.dtype)
         if ctx.needs_input_grad[4]:
             db = dz.sum(dim=0).to(ctx.b_dtype)
         return None, None, dx, dw, db, None
@@ -165,7 +167,8 @@ class _GatherDot(torch.autograd.Function):
         rows, indices, weight, *offsets = ctx.saved_tensors
         dr = dw = None
         if ctx.needs_input_grad[2]:
-            dr = call("sparse_decode", grad, indices, weight, *offsets, backend=ctx.asked).to(rows.dtype)
+            wide = weight.to(torch.promote_types(rows.dtype, weight.dtype))
+            dr = call("sparse_decode", grad, indices, wide, *offsets, backend=ctx.asked).to(rows.dtype)
         if ctx.needs_input_grad[4]:
             dw = call("segment_rows", grad, indices, rows, len(weight), *offsets, backend=ctx.asked)
             dw = dw.to(weight.dtype)

@@ -57,10 +57,19 @@ def topk_encode(x: Tensor, w: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor
 
 def preactivations(w: Tensor, b: Tensor, acc: torch.dtype) -> Callable[[Tensor], Tensor]:
     """Rows -> their pre-activations in acc, which are new memory."""
-    b = b.to(acc)
+    b, narrow = b.to(acc), w.dtype != acc
+    if narrow and (acc == torch.float64 or not w.is_cuda):
+        w, narrow = (
+            w.to(acc),
+            False,
+        )  # there is none of narrow operands into a wider dtype
 
     def product(part: Tensor) -> Tensor:
-        return F.linear(part, w, b) if w.dtype == acc else F.linear(part, w).to(acc).add_(b)
+        if not narrow:
+            return F.linear(part.to(acc), w, b)
+        if torch.version.hip is not None:  # nor there: the product is rounded
+            return F.linear(part, w).to(acc).add_(b)
+        return torch.mm(part, w.t(), out_dtype=acc).add_(b)
 
     return product
 
@@ -160,7 +169,7 @@ def keep_top_k(acts: Tensor, k: int) -> Tensor:
 
 
 def sparse_decode(values: Tensor, indices: Tensor, weight: Tensor, offsets: Tensor | None = None) -> Tensor:
-    if indices.numel() == 0:  # embedding_bag takes no rows of length zero
+    if indices.numel() == 0 or weight.shape[1] == 0:  # embedding_bag takes no rows of length zero
         return weight.new_zeros(num_rows(indices, offsets), weight.shape[1])
     acc = accumulate_dtype(values, weight)
     bags = F.embedding_bag(

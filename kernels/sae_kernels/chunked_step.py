@@ -121,7 +121,7 @@ def latent_step_with(
     # <d_w_dec, w_dec> is the sum of values * dz already, if dots were taken with these very weights
     # (not with a rounded copy of them) and nothing was added.
     known = dead is None and latents.w_dec.low is None and latents.w_dec.remainder is None
-    norms = torch.empty(2, d_sae, device=x.device)
+    norms = torch.empty(2, d_sae, dtype=torch.float32, device=x.device)
     for part in blocks(d_w_dec):
         if unit_norm:
             w, d = rows_of(latents.w_dec, part).master(), d_w_dec[part]

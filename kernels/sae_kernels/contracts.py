@@ -1,5 +1,7 @@
 """What every op demands of its arguments and promises about dtypes, whatever the backend."""
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -24,18 +26,24 @@ def product_dtype(x: Tensor, w: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, w.dtype)
 
 
-def check_encoder(x: Tensor, w: Tensor, b: Tensor, k: int | None = None) -> None:
+def check_encoder(x: Tensor, w: Tensor, b: Tensor) -> None:
     if x.dim() != 2 or w.dim() != 2 or x.shape[1] != w.shape[1]:
         raise ValueError(f"x is {tuple(x.shape)} and w is {tuple(w.shape)}: expected [N, D] and [F, D]")
     if b.shape != w.shape[:1]:
         raise ValueError(f"b is {tuple(b.shape)}: expected [{w.shape[0]}], one per row of w")
-    if k is not None and not 1 <= k <= w.shape[0]:
-        raise ValueError(f"k is {k}: expected 1 to {w.shape[0]}, the number of latents")
     _check_float_on_one_device(x=x, w=w, b=b)
+
+
+def check_k(k: int, most: int | None) -> None:
+    """Of `dead_encode`, which may be asked for more than there are latents, `most` is None."""
+    if not isinstance(k, Integral) or k < 1 or (most is not None and k > most):
+        wanted = "a whole number of at least 1" if most is None else f"1 to {most}, the number of latents"
+        raise ValueError(f"k is {k}: expected {wanted}")
 
 
 def check_threshold(threshold: Tensor, w: Tensor) -> None:
     """The argument of `threshold_encode` that other encoders do not have."""
+    _check_tensors(threshold=threshold)
     if threshold.dim() != 0 and threshold.shape != w.shape[:1]:
         raise ValueError(f"threshold is {tuple(threshold.shape)}: expected [{w.shape[0]}] or []")
     _check_float_on_one_device(w=w, threshold=threshold)
@@ -126,6 +134,8 @@ def check_latents(
             )
         x, residual, values, indices, dots = (t.flatten(0, 1) for t in rows)
         w_dec = w_dec[0]
+    if residual.shape != x.shape:
+        raise ValueError(f"residual is {tuple(residual.shape)}: expected {tuple(x.shape)}, as x")
     check_sparse_grad(x, residual, values, indices, w_dec, dots, offsets)
     f, d = w_dec.shape
     for name, of_one in {"w_enc": (f, d), "b_enc": (f,), "w_dec": (f, d), "b_dec": (d,)}.items():
@@ -185,13 +195,18 @@ def check_step(
     if latents.last_step is not None:
         tensors.append(("latents.last_step", latents.last_step, (*many, f), torch.int32))
     if clip_norm is not None:
+        _check_tensors(clip_norm=clip_norm)
         tensors.append(("clip_norm", clip_norm, (*many,), None))
     if dead is not None:
         n = dead.latents.numel()
         tensors.append(("dead.latents", dead.latents, (n,), torch.int64))
         tensors += [("dead.w_enc", dead.w_enc, (n, d), None), ("dead.w_dec", dead.w_dec, (n, d), None)]
         tensors.append(("dead.b_enc", dead.b_enc, (n,), None))
+        rows = {f"dead.{name}": getattr(dead, name) for name in ("w_enc", "b_enc", "w_dec")}
+        _check_float_on_one_device(w_dec=latents.w_dec.value, **rows)
     if counters is not None:
+        if not isinstance(counters.tokens, Integral):
+            raise ValueError(f"counters.tokens is {counters.tokens!r}: expected a whole number")
         tensors.append(("counters.maxima", counters.maxima, (*many, f), torch.float32))
         for name in ("counts", "sums", "last_fired"):
             tensors.append((f"counters.{name}", getattr(counters, name), (*many, f), torch.int64))
@@ -201,6 +216,9 @@ def check_step(
             raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}: expected {wanted}")
         if tensor.device != latents.w_dec.value.device:
             raise ValueError(f"{name} is on {tensor.device}: expected {latents.w_dec.value.device}")
+        # Kernels write by place, not by stride.
+        if not tensor.is_contiguous() and not name.startswith("dead."):
+            raise ValueError(f"{name} has strides {tensor.stride()}: expected a contiguous tensor")
     if dead is not None and dead.latents.device.type == "cpu":  # a GPU would have to be waited for
         ordered = dead.latents.sort().values
         if len(ordered) and not 0 <= int(ordered[0]) <= int(ordered[-1]) < f:
@@ -209,6 +227,29 @@ def check_step(
         repeated = ordered[1:][ordered.diff() == 0]
         if len(repeated):
             raise ValueError(f"dead.latents has {int(repeated[0])} twice: expected each latent once")
+
+
+def check_settle(latents: Latents, adam: AdamStep) -> None:
+    """Arguments of `settle`, where there is something to settle."""
+    check_one(latents)
+    if latents.last_step is None:
+        return
+    if adam.beta1 != 0:
+        raise ValueError(f"beta1 is {adam.beta1} with last_step set: lazy steps are exact for beta1 = 0 only")
+    check_step(latents, None, None, None, None)
+
+
+def check_one(latents: Latents) -> None:
+    """Raises ValueError if these are several SAEs', stacked."""
+    if latents.w_dec.value.dim() != 2:
+        shape = tuple(latents.w_dec.value.shape)
+        raise ValueError(f"w_dec is {shape}: expected [F, D], of one SAE (`Latents.one` of several)")
+
+
+def _check_tensors(**tensors: object) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} is {tensor!r}: expected a tensor")
 
 
 def _check_pair(values: Tensor, indices: Tensor, offsets: Tensor | None) -> None:

@@ -57,7 +57,7 @@ NATIVE_BF16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_su
 # let it say so here.
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="Sparse (CSR tensor support is in beta|invariant checks are)")
-    torch.sparse_csr_tensor([0, 0], [], [], size=(1, 1), check_invariants=False)
+    torch.sparse_csr_tensor([0, 0], [], [], size=(1, 1), device="cpu", check_invariants=False)
 
 
 def supports(op: str, *tensors: Tensor) -> str | None:
@@ -88,12 +88,12 @@ def preactivations(w: Tensor, b: Tensor, acc: torch.dtype) -> Callable[[Tensor],
     """Rows of x -> their pre-activations in acc, in memory that the next call overwrites."""
     # Operands that were rounded stay rounded: their product is exact in float32.
     w_t, b = w.to(acc).t(), b.to(acc)
-    memory = torch.empty(0, dtype=acc)
+    memory = torch.empty(0, dtype=acc, device="cpu")
 
     def product(part: Tensor) -> Tensor:
         nonlocal memory
         if len(memory) < len(part):
-            memory = torch.empty(len(part), len(w), dtype=acc)
+            memory = torch.empty(len(part), len(w), dtype=acc, device="cpu")
         # addmm would write the bias to all of the output first, and read it again: 5 ms of 92 (1 thread).
         return torch.mm(part.to(acc), w_t, out=memory[: len(part)]).add_(b)
 
@@ -114,7 +114,7 @@ def top_k(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return values, indices
     num_blocks = d_sae // BLOCK  # block i holds latents i, i + num_blocks, i + 2 * num_blocks ...
     best = pre.view(n, BLOCK, num_blocks).amax(dim=1).topk(k, dim=-1, sorted=False).indices  # [N, k]
-    members = best.unsqueeze(1) + num_blocks * torch.arange(BLOCK).unsqueeze(1)
+    members = best.unsqueeze(1) + num_blocks * torch.arange(BLOCK, device="cpu").unsqueeze(1)
     members = members.view(n, BLOCK * k)
     values, place = pre.gather(1, members).topk(k, dim=-1, sorted=False)
     return values, members.gather(1, place)
@@ -125,8 +125,9 @@ def batch_topk_encode(x: Tensor, w: Tensor, b: Tensor, k: int) -> tuple[Tensor, 
     acc = accumulate_dtype(x, w, b)
     product = preactivations(w, b, acc)
     n, d_sae, budget = len(x), len(w), len(x) * k
-    values, places = torch.empty(0, dtype=acc), torch.empty(0, dtype=torch.int64)  # row * F + latent
-    least = torch.zeros((), dtype=acc)
+    values = torch.empty(0, dtype=acc, device="cpu")
+    places = torch.empty(0, dtype=torch.int64, device="cpu")  # row * F + latent
+    least = torch.zeros((), dtype=acc, device="cpu")
     step = _chunk_rows(w, CHUNK_ELEMENTS)
     for start in range(0, n, step):
         pre = product(x[start : start + step]).view(-1)
@@ -157,7 +158,7 @@ def _with_empty_slots(
     missing = count - len(places)
     free = (d_sae - torch.bincount(places // d_sae, minlength=n)).cumsum(0)
     end = (int(torch.searchsorted(free, missing)) + 1) * d_sae  # rows before it have `missing` free places
-    taken = torch.zeros(end, dtype=torch.bool)
+    taken = torch.zeros(end, dtype=torch.bool, device="cpu")
     taken[places[places < end]] = True
     empty = taken.logical_not_().nonzero().squeeze(1)[:missing]
     places, order = torch.cat([places, empty]).sort()
@@ -183,16 +184,18 @@ def gather_dot(rows: Tensor, indices: Tensor, weight: Tensor, offsets: Tensor | 
     if indices.numel() > n * len(weight):  # more slots than places: sampled_addmm refuses such a pattern
         return chunked.gather_dot(rows, indices, weight, offsets)
     if offsets is None:
-        offsets = torch.arange(n + 1, dtype=torch.int32) * indices.shape[1]
+        offsets = torch.arange(n + 1, dtype=torch.int32, device="cpu") * indices.shape[1]
+    out = torch.zeros(indices.shape, dtype=acc, device="cpu")
     pattern = torch.sparse_csr_tensor(
         offsets.int(),
         indices.reshape(-1),
-        torch.zeros(indices.numel(), dtype=acc),
+        out.view(-1),  # its memory, so that the pattern need not be copied, nor out be a view of it
         size=(n, len(weight)),
+        device="cpu",
         check_invariants=False,  # a row's columns are neither sorted nor distinct, and need not be
     )
-    out = torch.sparse.sampled_addmm(pattern, rows.to(acc), weight.to(acc).t(), beta=0.0)
-    return out.values().view(indices.shape)
+    torch.sparse.sampled_addmm(pattern, rows.to(acc), weight.to(acc).t(), beta=0.0, out=pattern)
+    return out
 
 
 decode_residual = partial(decode_residual_with, gather_dot)

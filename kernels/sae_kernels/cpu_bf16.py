@@ -36,7 +36,7 @@ _counting = Lock()
 
 def fallback_rows() -> dict[torch.device, Tensor]:
     """Rows encoded again since the process began; empty before the first call of `encoder`."""
-    return {torch.device("cpu"): torch.tensor(_again)} if _used else {}
+    return {torch.device("cpu"): torch.tensor(_again, device="cpu")} if _used else {}
 
 
 def pays(k: int, d_sae: int) -> bool:
@@ -61,10 +61,10 @@ def _rounded(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n, d = rows.shape
     rows = rows.contiguous()  # norms are summed in another order over columns, and in one row as over rows
     exact = rows if rows.dtype == torch.float32 else torch.empty_like(rows, dtype=torch.float32)
-    low = torch.empty(n, d + 2, dtype=torch.bfloat16)
-    norms = torch.zeros(2, n, dtype=torch.float32)
+    low = torch.empty(n, d + 2, dtype=torch.bfloat16, device="cpu")
+    norms = torch.zeros(2, n, dtype=torch.float32, device="cpu")
     at_once = max(1, CACHED // max(1, d))  # what is read again is still in the cache
-    memory = torch.empty(min(n, at_once), d, dtype=torch.float32)
+    memory = torch.empty(min(n, at_once), d, dtype=torch.float32, device="cpu")
     parts = (t.split(at_once) for t in (rows, exact, low[:, :d], *norms))
     for given, whole, short, norm, error in zip(*parts, strict=True):
         short.copy_(given)
@@ -106,7 +106,7 @@ def encoder(
     low[:, d] = b
     # Two numbers of 8 bits are a bias of 16. What is no bfloat16 number has no rest.
     low[:, d + 1] = torch.where(low[:, d].isfinite(), b - low[:, d], 0)
-    memory = torch.empty(0, dtype=torch.bfloat16)
+    memory = torch.empty(0, dtype=torch.bfloat16, device="cpu")
 
     def whole(rows: Tensor) -> tuple[Tensor, Tensor]:
         return top_k(torch.mm(rows, exact.t()).add_(b), k)
@@ -124,7 +124,7 @@ def encoder(
         global _again
         nonlocal memory
         if len(memory) < len(rows):
-            memory = torch.empty(len(rows), d_sae, dtype=torch.bfloat16)
+            memory = torch.empty(len(rows), d_sae, dtype=torch.bfloat16, device="cpu")
         rows, guessed, norms, errors = _rounded(rows)
         guessed[:, d:] = 1
         guess = torch.mm(guessed, low.t(), out=memory[: len(rows)])

@@ -72,9 +72,9 @@ def best(values: Tensor, latents: Tensor, counts: Tensor, k: int, most: int) -> 
         counts: [n] how many of values and latents belong to each row.
         most: no less than any of them. On it, and on the row, depends the order, but on no other row."""
     starts = counts.cumsum(0) - counts
-    own = torch.arange(len(counts)) * most - starts
+    own = torch.arange(len(counts), device="cpu") * most - starts
     table = values.new_full((len(counts) * most,), -torch.inf)
-    table[torch.arange(len(values)) + own.repeat_interleave(counts)] = values
+    table[torch.arange(len(values), device="cpu") + own.repeat_interleave(counts)] = values
     chosen, places = table.view(len(counts), most).topk(k, dim=-1, sorted=False)
     if len(latents) == 0:
         return chosen, places

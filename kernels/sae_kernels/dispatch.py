@@ -25,6 +25,7 @@ _BACKENDS = {  # name -> module, in the order in which "auto" tries them
     "reference": "sae_kernels.reference",
 }
 _requested = "auto"  # process-wide, as autograd may run a backward in another thread
+_latest: "use_backend | None" = None  # whose making was the last that happened
 _logged: set[tuple[str, str]] = set()
 _not_importable: dict[str, str] = {}  # backend -> reason; looked at once, warned about once
 
@@ -41,7 +42,8 @@ def requested() -> str:
 class use_backend:
     """Choose the backend of every op in this process, from now on or within a `with` block.
 
-    A gradient is computed by the backend that was chosen when its forward ran.
+    A gradient is computed by the backend that was chosen when its forward ran. Threads share the choice, so
+    their blocks must not overlap.
 
     Args:
         name: one of `available_backends()`, or "auto": the first that supports the tensors at hand.
@@ -50,18 +52,21 @@ class use_backend:
         ValueError: the name is unknown. An op that a named backend cannot run raises when it is called."""
 
     def __init__(self, name: str) -> None:
-        global _requested
+        global _requested, _latest
         if name != "auto" and name not in _BACKENDS:
             raise ValueError(f"backend is {name!r}: expected auto or one of {', '.join(_BACKENDS)}")
-        self._name, self._before, _requested = name, _requested, name
+        self._name, self._before = name, [_requested]
+        _requested, _latest = name, self
 
     def __enter__(self) -> None:
-        global _requested
-        _requested = self._name  # again, where one object serves several blocks
+        global _requested, _latest
+        if _latest is not self:  # else the block begins where this was made, and ends with what was before
+            self._before.append(_requested)
+        _requested, _latest = self._name, None
 
     def __exit__(self, *error: object) -> None:
-        global _requested
-        _requested = self._before
+        global _requested, _latest
+        _requested, _latest = self._before.pop(), None
 
 
 def select(op: str, name: str, *args: object) -> tuple[str, Callable]:
@@ -99,8 +104,9 @@ def _refusal(name: str, op: str, tensors: list[Tensor]) -> str | None:
         return _not_importable[name]
     try:
         module = _module(name)
-    except (ImportError, AttributeError) as error:
-        # Triton is missing, broken, or of a version that lacks what is used. The others import torch alone.
+    except Exception as error:
+        # Triton is missing, of a version that lacks what is used, or broken, which may raise anything. The
+        # others import torch alone.
         _not_importable[name] = f"it cannot be imported ({type(error).__name__}: {error})"
         _log.warning("backend %s is not used: %s", name, _not_importable[name])
         return _not_importable[name]

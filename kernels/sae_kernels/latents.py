@@ -79,6 +79,12 @@ class Latents:
     step: Tensor
     last_step: Tensor | None = None
 
+    def written(self) -> list[Tensor]:
+        """Every tensor that a step changes."""
+        weights = (self.w_enc, self.b_enc, self.w_dec, self.b_dec)
+        kept = [t for weight in weights for t in vars(weight).values()]
+        return [t for t in (*kept, self.step, self.last_step) if t is not None]
+
     def one(self, number: int) -> "Latents":
         """Of several SAEs' that are stacked: a view of one."""
         w_enc, b_enc, w_dec, b_dec = (
@@ -112,8 +118,9 @@ class Counters:
 
     Attributes:
         counts: int64 rows on which a latent fired.
-        sums: int64 summed values in units of 2^-20, each value rounded to the nearest unit, ties to even.
-        maxima: float32 largest value.
+        sums: int64 summed values in units of 2^-20, each value rounded to the nearest unit, ties to even:
+            exact as long as a sum stays below 2^43.
+        maxima: float32 largest value; from 0 on, which is what empty slots hold.
         last_fired: int64; set to `tokens` where a latent fired.
         tokens: rows seen, this batch included.
     Values that are not finite count as zero.
@@ -124,6 +131,10 @@ class Counters:
     maxima: Tensor
     last_fired: Tensor
     tokens: int
+
+    def written(self) -> list[Tensor]:
+        """Every tensor that a step changes."""
+        return [self.counts, self.sums, self.maxima, self.last_fired]
 
     def one(self, number: int) -> "Counters":
         """Of several SAEs' that are stacked: a view of one."""

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from sae_kernels import autograd, dispatch
-from sae_kernels.contracts import check_encoder, check_latents, check_step, product_dtype
+from sae_kernels.contracts import (
+    accumulate_dtype,
+    check_encoder,
+    check_k,
+    check_latents,
+    check_step,
+    product_dtype,
+)
 from sae_kernels.latents import AdamStep, Counters, DeadGrads, Latents
 
 
@@ -27,14 +34,15 @@ def topk_encode_many(x: Tensor, w: Tensor, b: Tensor, ks: Sequence[int]) -> tupl
         ks: M of them, each 1 to F.
 
     Returns:
-        values [M, N, K] float32, indices [M, N, K] int32, K being the largest of ks; what others have beyond
-        their own k are empty slots of latent 0.
+        values [M, N, K] float32 (float64 if an argument is), indices [M, N, K] int32, K being the largest of
+        ks; what others have beyond their own k are empty slots of latent 0.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or a k is not in 1..F."""
     _check_count("topk_encode_many", x=x, w=w, b=b, ks=ks)
-    for one in zip(x, w, b, ks, strict=True):
-        check_encoder(*one)
+    for *tensors, k in zip(x, w, b, ks, strict=True):
+        check_encoder(*tensors)
+        check_k(k, w.shape[1])
     _check_total(x, w)
     rounded = product_dtype(x, w)
     return _run("topk_encode", x.to(rounded), w.to(rounded), b, ks)
@@ -67,6 +75,7 @@ def latent_step_many(
         clip_norms: [M], the `clip_norm` of each.
         dead: M of them, naming each SAE's own latents; None for one without.
         counters: every tensor [M, F], contiguous; `tokens` is that of all.
+    Rows that lazy steps leave alone are caught up by `settle(latents.one(m), adam)` of each.
 
     Returns:
         [M] float32: each one's gradient norm before clipping.
@@ -101,7 +110,7 @@ def _topk_encode(x: Tensor, w: Tensor, b: Tensor, ks: Sequence[int]) -> tuple[Te
         values, indices = autograd.run_plain("topk_encode", x[0], w[0], b[0], ks[0])
         return values.unsqueeze(0), indices.unsqueeze(0)
     shape = (*x.shape[:2], max(ks))
-    values = torch.zeros(shape, dtype=torch.float32, device=x.device)
+    values = torch.zeros(shape, dtype=accumulate_dtype(x, w, b), device=x.device)
     indices = torch.zeros(shape, dtype=torch.int32, device=x.device)
     for m, k in enumerate(ks):
         values[m, :, :k], indices[m, :, :k] = autograd.run_plain("topk_encode", x[m], w[m], b[m], k)

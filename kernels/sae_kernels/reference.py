@@ -61,7 +61,7 @@ def _preactivations(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         pre = F.linear(x.to(acc), w.to(acc), b.to(acc))
         if rounded != acc:
             low = F.linear(x.detach().to(rounded).to(acc), w.detach().to(rounded).to(acc), b.detach().to(acc))
-            pre = pre + (low - pre.detach())
+            pre = torch.where(low.isfinite(), pre + (low - pre.detach()), low)
     return pre
 
 
@@ -72,7 +72,7 @@ def _compressed(acts: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def sparse_decode(values: Tensor, indices: Tensor, weight: Tensor, offsets: Tensor | None = None) -> Tensor:
     acc = accumulate_dtype(values, weight)
-    parts = values.to(acc).unsqueeze(-1) * weight[indices.long()].to(acc)  # [N, K, D] or [M, D]
+    parts = values.to(acc).unsqueeze(-1) * weight.to(acc)[indices.long()]  # [N, K, D] or [M, D]
     if offsets is None:
         return parts.sum(dim=1).to(weight.dtype)
     out = parts.new_zeros(num_rows(indices, offsets), weight.shape[1])
@@ -97,7 +97,7 @@ def decode_residual(
 def gather_dot(rows: Tensor, indices: Tensor, weight: Tensor, offsets: Tensor | None = None) -> Tensor:
     acc = accumulate_dtype(rows, weight)
     of_slot = rows.to(acc).unsqueeze(1) if offsets is None else rows.to(acc)[row_of_slot(indices, offsets)]
-    return (of_slot * weight[indices.long()].to(acc)).sum(dim=-1)
+    return (of_slot * weight.to(acc)[indices.long()]).sum(dim=-1)
 
 
 def segment_rows(

@@ -84,6 +84,18 @@ def test_a_choice_without_a_block_holds_from_then_on():
         assert dispatch.requested() == "reference"
 
 
+def test_a_block_ends_with_what_was_chosen_when_it_began():
+    with use_backend("auto"):
+        made_before = use_backend("torch")
+        use_backend("reference")
+        with made_before:
+            assert dispatch.requested() == "torch"
+            with made_before:
+                assert dispatch.requested() == "torch"
+            assert dispatch.requested() == "torch"
+        assert dispatch.requested() == "reference"
+
+
 def test_the_backward_runs_on_the_backend_of_its_forward(monkeypatch):
     calls = []
 
@@ -131,6 +143,7 @@ def test_interpreted_triton_serves_those_who_ask_for_it_alone(caplog, monkeypatc
     ("content", "reason"),
     [
         ("raise ImportError('libtriton.so is missing')", "ImportError: libtriton.so is missing"),
+        ("raise RuntimeError('no driver')", "RuntimeError: no driver"),
         # A version from before `knobs`. That torch, which looks too, finds what it wants is all it has.
         (
             "class language: dtype = str\nimport sys; sys.modules['triton.language'] = language",

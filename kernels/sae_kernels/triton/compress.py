@@ -54,7 +54,7 @@ def threshold_encode(x: Tensor, w: Tensor, b: Tensor, threshold: Tensor) -> tupl
     limits = threshold.float().expand(f).contiguous()
     bias = b.float().contiguous()
     counts = torch.zeros(n, dtype=torch.int32, device=x.device)
-    kept_values = torch.empty(n, KEPT, device=x.device)
+    kept_values = torch.empty(n, KEPT, dtype=torch.float32, device=x.device)
     kept_indices = torch.empty(n, KEPT, dtype=torch.int32, device=x.device)
 
     def append(first_row: int, rows: Tensor, begins: Tensor, values: Tensor, indices: Tensor) -> None:
@@ -73,7 +73,7 @@ def threshold_encode(x: Tensor, w: Tensor, b: Tensor, threshold: Tensor) -> tupl
         fullest = functional.pad(counts, (0, -n % CHUNK_ROWS)).view(-1, CHUNK_ROWS)
         fullest = fullest.amax(dim=1).long()  # of each block of rows that is multiplied at once
         slots, *most = torch.cat([offsets[-1:], fullest]).tolist()  # the host waits here, and only here
-        values = torch.empty(slots, device=x.device)
+        values = torch.empty(slots, dtype=torch.float32, device=x.device)
         indices = torch.empty(slots, dtype=torch.int32, device=x.device)
         if n:
             _move[(n,)](counts, offsets, kept_values, kept_indices, values, indices, KEPT=KEPT)
@@ -88,7 +88,7 @@ def threshold_encode(x: Tensor, w: Tensor, b: Tensor, threshold: Tensor) -> tupl
 def products(x: Tensor, w: Tensor) -> Iterator[tuple[int, int, Tensor]]:
     """(first row, first latent, float32 [rows, latents]) of x @ w.T; the next one overwrites the last one."""
     n, f = len(x), len(w)
-    buffer = torch.empty(min(n, CHUNK_ROWS) * min(f, CHUNK_LATENTS), device=x.device)
+    buffer = torch.empty(min(n, CHUNK_ROWS) * min(f, CHUNK_LATENTS), dtype=torch.float32, device=x.device)
     for row in range(0, n, CHUNK_ROWS):
         for latent in range(0, f, CHUNK_LATENTS):
             a, b = x[row : row + CHUNK_ROWS], w[latent : latent + CHUNK_LATENTS]
@@ -177,7 +177,7 @@ def batch_topk_encode(
         room: places in the pool; likewise."""
     n, f = len(x), len(w)
     x, w, bias = x.contiguous(), w.contiguous(), b.float().contiguous()
-    values = torch.empty(n * k, device=x.device)
+    values = torch.empty(n * k, dtype=torch.float32, device=x.device)
     indices = torch.empty(n * k, dtype=torch.int32, device=x.device)
     if not n:
         return values, indices, torch.zeros(1, dtype=torch.int64, device=x.device)
@@ -188,7 +188,7 @@ def batch_topk_encode(
         if guess is None and not everything:
             at_least = _guess(x, w, bias, sample, wanted)
         else:
-            at_least = torch.full((), guess or 0.0, device=x.device)
+            at_least = torch.full((), guess or 0.0, dtype=torch.float32, device=x.device)
         total = torch.zeros((), dtype=torch.int64, device=x.device)
         bits = torch.full(
             (max(size, n * k),), -1, dtype=torch.int32, device=x.device
@@ -227,7 +227,7 @@ def _guess(x: Tensor, w: Tensor, bias: Tensor, sample: int, wanted: int) -> Tens
     rows, latents = len(x) // sample, len(w) // sample
     a = x[: rows * sample].unflatten(0, (rows, sample)).transpose(0, 1)  # [S, N / S, D]
     c = w[: latents * sample].unflatten(0, (latents, sample)).permute(1, 2, 0)  # [S, D, F / S]
-    pre = torch.empty(sample, rows, latents, device=x.device)
+    pre = torch.empty(sample, rows, latents, dtype=torch.float32, device=x.device)
     multiply(a, c, pre)
     pre += bias[: latents * sample].view(latents, sample).t().unsqueeze(1)
     return pre.view(-1).topk(wanted).values[-1]

@@ -163,7 +163,7 @@ def _guess(x: Tensor, w: Tensor, b: Tensor, how: Plan) -> Tensor:
     """[M, N] float32"""
     (many, n, _), f = x.shape, w.shape[1]
     if how.stripes == 1:
-        return torch.full((many, n), -torch.inf, device=x.device)
+        return torch.full((many, n), -torch.inf, dtype=torch.float32, device=x.device)
     drawn = (0x9E3779B1 * (n + f) >> 16) % how.stripes  # none is preferred; every run draws the same
     weights, bias = w[:, drawn :: how.stripes], b[:, drawn :: how.stripes].contiguous()
     width = weights.shape[1]
@@ -171,8 +171,8 @@ def _guess(x: Tensor, w: Tensor, b: Tensor, how: Plan) -> Tensor:
     together = min(
         many, max(1, SAMPLE_ELEMENTS // (step * width))
     )  # SAEs, all rows of which are done at once
-    sample = torch.empty(together * step * width, device=x.device)
-    guess = torch.empty(many, n, device=x.device)
+    sample = torch.empty(together * step * width, dtype=torch.float32, device=x.device)
+    guess = torch.empty(many, n, dtype=torch.float32, device=x.device)
     for first, start in product(range(0, many, together), range(0, n, step)):
         saes, rows = slice(first, min(first + together, many)), slice(start, min(start + step, n))
         part = sample[: (saes.stop - first) * (rows.stop - start) * width].view(-1, rows.stop - start, width)

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from sae_kernels.latents import AdamStep, Latents, Weight
 from sae_kernels.triton.launch import Case, Shape
@@ -37,6 +38,7 @@ def settle(step: Tensor, latents: Latents, adam: AdamStep) -> None:
                 num_stages=NUM_STAGES,
             )
         latents.last_step.copy_(step)
+        increment_version(latents.written())
 
 
 def bits_of(tensor: Tensor) -> Tensor:

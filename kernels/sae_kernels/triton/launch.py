@@ -125,7 +125,7 @@ def refusal(*tensors: Tensor) -> str | None:
 def broken() -> str | None:
     """None, or why no kernel can be compiled and run here; looked at once, with one warning."""
     try:
-        out = torch.empty(1, device="cpu" if INTERPRETING else "cuda")
+        out = torch.empty(1, dtype=torch.float32, device="cpu" if INTERPRETING else "cuda")
         _probe[(1,)](out)
         if float(out) == 42.0:
             return None

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from sae_kernels.latents import AdamStep, Counters, DeadGrads, Latents
 from sae_kernels.many import numbered
@@ -139,6 +140,8 @@ def _step(
         if catch_up is not None:
             lazy = lists.starts, None if added is None else added[0], catch_up, latents.last_step
         update_vector(latents.b_enc, d_b_enc, control, adam, SALT_B_ENC, *lazy)
+        # Autograd cannot see what a kernel writes.
+        increment_version([*latents.written(), *([] if counters is None else counters.written())])
         if norms is None:
             norms = torch.where(control[:, 0] != 0, _norms(squares, d_b_enc, d_b_dec, many), torch.nan)
         return norms
