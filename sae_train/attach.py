@@ -103,8 +103,9 @@ def attached(
         run.forwards.append(codes)
         if not replace:
             return None
-        new = sae.reconstruct(x, codes if edit is None else edit(codes))
-        return new - sae.reconstruct(x, codes).detach() if use_error_term else new
+        own = sae.reconstruct(x, codes)
+        new = own if edit is None else sae.reconstruct(x, edit(codes.clone()))  # which it may write to
+        return new - own.detach() if use_error_term else new
 
     how = None if not replace else "beside a constant" if use_error_term else "instead"
     with hooked(model, _Splice(model, sae, hook, target, change, how, mask).visits()):
@@ -163,7 +164,7 @@ def clamped(
     latents, wanted = _settings(sae, values, maxima)
 
     def change(x: Tensor) -> Tensor:
-        return (wanted - sae.encode_latents(x, latents)) @ sae.directions(latents)
+        return (wanted - sae.encode_latents(x, latents)) @ sae.directions(latents).float()
 
     with hooked(model, _Splice(model, sae, hook, target, change, "beside", mask).visits()):
         yield
@@ -307,6 +308,8 @@ def _places(sae: SAE, hook: str, target: str | None) -> Places:
 
 
 def _sites(names: Sequence[str], model: nn.Module) -> list[Site]:
+    if hasattr(model, "_orig_mod"):  # hooks would change what a graph has seen
+        raise InputError("model", type(model).__name__, "the model that torch.compile was given")
     sites = [resolve(name, model) for name in names]
     for site in sites:
         if site.other:

@@ -47,6 +47,13 @@ class Codes:
         assert values is not None
         return replace(self, values=values, indices=indices, pre=pre)
 
+    def clone(self) -> "Codes":
+        """The same codes in memory of their own, with the gradient of these."""
+        copies = (None if t is None else t.clone() for t in (self.values, self.indices, self.pre))
+        values, indices, pre = copies
+        assert values is not None
+        return replace(self, values=values, indices=indices, pre=pre)
+
     def rows(self) -> "Codes":
         """The same codes as [N, K]."""
         return self if self.values.dim() == 2 else self.reshape([self.shape.numel()])

@@ -48,7 +48,7 @@ def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SAE:
     Raises:
         InputError: no such folder, none of these layouts, or something in it is not what its format says.
     """
-    folder = fetch(str(path)) if is_url(path) else Path(path)
+    folder = fetch(str(path)) if is_url(path) else Path(path).expanduser()
     name = recognise(folder)
     if name is None:
         return io.load_sae(folder, device)

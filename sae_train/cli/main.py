@@ -5,12 +5,13 @@ import errno
 import importlib
 import os
 import platform
+import signal
 import sys
 import traceback
 
 from sae_train.cli.help import overview
 from sae_train.cli.multirun import is_sweep
-from sae_train.cli.output import tolerate_lost_messages
+from sae_train.cli.output import nobody_reads, tolerate_lost_messages
 from sae_train.cli.signals import StopSignals
 from sae_train.errors import InputError, NumericsError, StoppedEarly
 from sae_train.files import CorruptFile
@@ -38,6 +39,8 @@ OUTSIDE_ERRORS = {
     *(errno.EMFILE, errno.ENFILE),
 }
 """Of a disk that is full or fails, or a process out of descriptors, wherever that is met."""
+NOBODY_READS = 128 + signal.SIGPIPE
+"""What a shell says of a command that this ends."""
 M_ARENA_MAX = -8
 """glibc's number for the most arenas that malloc may use."""
 
@@ -68,11 +71,16 @@ def shown(message: str, keep: str = "") -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code (0 done, 1 a bug, 2 input, 3 numerics, 75 stopped and saved)."""
+    """Run one command; returns the exit code (0 done, 1 a bug, 2 input, 3 numerics, 75 stopped and saved,
+    141 nobody reads the output any more)."""
     tolerate_lost_messages()
     try:
-        return command(argv)
+        code = command(argv)
+        sys.stdout.flush()
+        return code
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and nobody_reads():
+            return NOBODY_READS
         # A bug: its traceback is for whoever mends it, but it may quote secrets. wandb replaces
         # sys.excepthook by one that prints everything, so this is the place.
         print(shown("".join(traceback.format_exception(error)), keep="\n"), end="", file=sys.stderr)

@@ -6,6 +6,8 @@ Standard output stays strict: whoever asked for numbers shall not get half of th
 """
 
 import io
+import os
+import select
 import sys
 from typing import Any
 
@@ -27,3 +29,13 @@ def tolerate_lost_messages() -> None:
         return
     raw = io.BufferedWriter(_Dropping(old.fileno(), "wb", closefd=False))
     sys.stderr = io.TextIOWrapper(raw, encoding=old.encoding, errors=old.errors, line_buffering=True)
+
+
+def nobody_reads() -> bool:
+    """Whether standard output was closed by its reader (`| head`). What is still in it then goes nowhere."""
+    out, poll = sys.stdout.fileno(), select.poll()
+    poll.register(out, select.POLLERR)
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), out)
+    return True

@@ -170,8 +170,9 @@ def splice_reports(
     Returns:
         Of each SAE: ce_clean, ce_sae, ce_zero, ce_mean, kl_sae (nats per prediction), recovered_zero,
         recovered_mean (1 = nothing lost, 0 = no better than the ablation; NaN where the ablation costs
-        nothing), tokens (number of predictions). Of an SAE that reconstructs both models, the second's are
-        under "other/". A model that predicts nothing, or of which nothing is reconstructed, has no scores.
+        nothing, or helps), tokens (number of predictions). Of an SAE that reconstructs both models, the
+        second's are under "other/". A model that predicts nothing, or of which nothing is reconstructed, has
+        no scores.
 
     Raises:
         InputError: no model of those reconstructed is a causal LM, or no prediction can be counted.
@@ -254,7 +255,8 @@ def _scores(sums: Mapping[str, SpliceResult]) -> dict[str, float]:
     report["kl_sae"] = sums["sae"].kl or 0.0
     for name in ("zero", "mean"):
         lost = report[f"ce_{name}"] - report["ce_clean"]
-        report[f"recovered_{name}"] = (report[f"ce_{name}"] - report["ce_sae"]) / lost if lost else math.nan
+        won = report[f"ce_{name}"] - report["ce_sae"]
+        report[f"recovered_{name}"] = won / lost if lost > 0 else math.nan
     report["tokens"] = float(sums["clean"].num_tokens)
     return report
 

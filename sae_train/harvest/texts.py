@@ -5,9 +5,9 @@ rows on resume. The cursor after a document is the `state_dict` of the stream, w
 the row in it; going back to it re-reads at most that file (parquet: that row group).
 
 Rules for odd text. Bytes that are not UTF-8 and lone surrogates become U+FFFD, and every U+FFFD is
-counted. A byte-order mark at the start is dropped; NULs and everything else are kept. Line ends of .txt
-files become "\\n". JSON lines are read as lines and parsed here, so that one odd row does not make a
-whole file unreadable and a bad row can be named.
+counted. A byte-order mark at the start is dropped; NULs and everything else are kept. A text that is null
+is an empty one. Line ends of .txt files become "\\n". JSON lines are read as lines and parsed here, so
+that one odd row does not make a whole file unreadable and a bad row can be named.
 
 A dropped connection, or a local file that the operating system cannot read just now, is tried again from
 the last document (of a URL: from the last block of bytes, see `web`), a bounded number of times, and then
@@ -202,7 +202,7 @@ class TextSource:
             raise _Exhausted from None
 
     def _text(self, row: dict[str, Any]) -> str:
-        spec, where = self.spec, f"row {self.rows} of {self.spec.name}"
+        spec = self.spec
         if self._format == "text":
             return row["text"]
         if self._format == "jsonl":
@@ -212,18 +212,30 @@ class TextSource:
                 row = json.loads(row["text"])
             except (ValueError, RecursionError) as error:  # also: a number too long, nesting too deep
                 raise InputError(
-                    spec.key, spec.name, f"one JSON object per line; {where}: {error}"
+                    spec.key, spec.name, f"one JSON object per line; {self._where()}: {error}"
                 ) from error
             if not isinstance(row, dict):
-                raise InputError(spec.key, spec.name, f"one JSON object per line; {where} is {_kind(row)}")
+                raise InputError(
+                    spec.key, spec.name, f"one JSON object per line; {self._where()} is {_kind(row)}"
+                )
         if spec.text_column not in row:
-            raise self._no_column(sorted(row), where)
+            raise self._no_column(sorted(row), self._where())
         text = row[spec.text_column]
+        if text is None:
+            return ""
         if not isinstance(text, str):
             raise InputError(
-                spec.field("text_column"), spec.text_column, f"a column of text; {where} holds {_kind(text)}"
+                spec.field("text_column"),
+                spec.text_column,
+                f"a column of text; {self._where()} holds {_kind(text)}",
             )
         return text
+
+    def _where(self) -> str:
+        """The row that was read last, and of several files which it stands in."""
+        row = f"row {self.rows} of {self.spec.name}"
+        several = self._files is not None and len(self._files) > 1
+        return f"{row} (which lies in {self._file_of(self._cursor)})" if several else row
 
     def _no_column(self, columns: list[str], where: str) -> InputError:
         field = self.spec.field("text_column")

@@ -138,5 +138,7 @@ def warnings(rows: Sequence[Row], config: SweepConfig) -> list[str]:
     if config.l0 is not None and done and not ranked(rows, config):
         out.append(f"No SAE has an L0 within {config.l0_tolerance:.0%} of sweep.l0={config.l0:g}.")
     if done and not any("ce_increase" in row.metrics for row in done):
-        out.append("Cross-entropy was not measured: rows came from shards, or from no language model.")
+        out.append(
+            "Cross-entropy was not measured: eval.ce_tokens=0, or rows of shards or of no language model."
+        )
     return out

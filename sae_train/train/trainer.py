@@ -61,8 +61,8 @@ class TrainConfig:
     spike_window: int = 128
     """Losses that a spike is told by; the first ones of a run never are one."""
     resample_every: int = 0
-    """Steps between times at which dead latents start anew from badly reconstructed rows; 0 is never. An
-    alternative to AuxK (sae.auxk_coefficient=0)."""
+    """Steps between times at which dead latents start anew from badly reconstructed rows; 0 is never. As many
+    are left after the last time. An alternative to AuxK (sae.auxk_coefficient=0)."""
     loss: str = "rows"
     """rows minimises the error of rows; kl and ce train through the language model, with its loss when
     the SAE stands in its place beside that of rows. Slow: for the end of a training (see `start`)."""
@@ -198,7 +198,8 @@ class Trainer:
                 self._end_of_data(state, steps, done)
                 return
             with self.clock.phase("SAE step"):
-                step = partial(self._step, rows=rows.widened(), step=state.step)
+                left = steps - state.step - 1
+                step = partial(self._step, rows=rows.widened(), step=state.step, left=left)
                 parts = self.side_by_side.each(step, units)
                 of_member = {name: one for part in parts for name, one in part.items()}
                 done = [of_member[member.name] for member in state.members]
@@ -234,7 +235,7 @@ class Trainer:
             "with more passes (corpus.epochs or source.epochs) or corpus.allow_short=true it goes on",
         )
 
-    def _step(self, unit: list[Member], rows: RowBatch, step: int) -> dict[str, Step]:
+    def _step(self, unit: list[Member], rows: RowBatch, step: int, left: int) -> dict[str, Step]:
         for member in unit:
             member.begin_step(step)
         taken: dict[Places, Any] = {}
@@ -242,7 +243,8 @@ class Trainer:
             if member.places not in taken:
                 taken[member.places] = self.stepper.take(member, rows)
         done = self.stepper.step_together(unit, [taken[member.places] for member in unit])
-        if self.resample_every and (step + 1) % self.resample_every == 0:
+        # A latent that starts anew needs steps to learn: as many as there are between two times, at least.
+        if self.resample_every and (step + 1) % self.resample_every == 0 and left >= self.resample_every:
             for member, own in zip(unit, done, strict=True):
                 resample_member(member, own, step)
         return {member.name: own for member, own in zip(unit, done, strict=True)}

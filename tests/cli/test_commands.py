@@ -395,3 +395,15 @@ def test_a_sweep_of_saes_is_one_run_and_with_keys_of_hydra_a_run_for_each(tiny, 
     assert len(runs) == 2
     # Hydra may not silence what the runs have to say
     assert all("micro-batch" in (run.parent / "train.log").read_text() for run in runs)
+
+
+@pytest.mark.parametrize("command", [["--help"], ["train", "--help"]])
+def test_a_reader_that_has_seen_enough_is_no_error(command):
+    """As `| head`, which closes the pipe."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as out:
+        done = subprocess.run(
+            [sys.executable, "-m", "sae_train", *command], stdout=out, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr) == (141, "")

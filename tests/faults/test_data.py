@@ -480,7 +480,7 @@ def test_settings_of_retries_that_cannot_work_are_refused(train, tmp_path, wrong
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ({"text": None}, "null"),
+        ({"text": 5}, "a number"),
         ({"body": "w1"}, "one of the columns body"),
     ],
 )

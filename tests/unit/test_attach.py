@@ -203,6 +203,46 @@ def test_edited_codes_change_what_they_say_beside_the_error_or_instead(tiny_mode
         torch.testing.assert_close(run_model(model), want, rtol=1e-4, atol=1e-4)
 
 
+def test_an_edit_may_write_to_the_codes_it_is_given(tiny_model):
+    model = tiny_model("llama")
+    sae = autoencoder(model)
+
+    def anew(codes: Codes) -> Codes:
+        return Codes(torch.zeros_like(codes.values), codes.indices, codes.d_sae)
+
+    def in_place(codes: Codes) -> Codes:
+        codes.values.zero_()
+        return codes
+
+    logits = []
+    for edit in (anew, in_place):
+        with attached(model, sae, "resid_post.1", replace=True, use_error_term=True, edit=edit) as run:
+            logits.append(run_model(model))
+        assert run.codes.values.any(), "before any edit"
+    assert torch.equal(*logits)
+    assert not torch.equal(logits[0], run_model(model))
+
+
+def test_a_compiled_model_is_refused_in_one_line(tiny_model):
+    model = tiny_model("llama")
+    with (
+        pytest.raises(InputError, match="model='OptimizedModule': expected the model itself"),
+        attached(torch.compile(model), autoencoder(model), "resid_post.1"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_latents_of_an_sae_in_half_precision_can_be_held_and_steered(tiny_model, dtype):
+    model = tiny_model("llama")
+    whole, half = autoencoder(model), autoencoder(model).to(dtype)
+    for block, numbers in ((clamped, {3: 2.0}), (steered, {3: 2.0}), (ablated, [3])):
+        with block(model, whole, "resid_post.1", numbers):
+            want = run_model(model)
+        with block(model, half, "resid_post.1", numbers):
+            torch.testing.assert_close(run_model(model), want, rtol=0.05, atol=0.05)
+
+
 def test_gradients_pass_through_the_codes_alone_and_the_error_is_a_constant(tiny_model):
     model = tiny_model("llama")
     sae = autoencoder(model)

@@ -226,7 +226,7 @@ def test_a_few_odd_characters_are_not_warned_of(tmp_path, caplog):
 
 @pytest.mark.parametrize(
     ("value", "found"),
-    [(None, "null"), (5, r"a number \(5\)"), (["a"], r"a list \(\['a'\]\)"), ({"a": 1}, "an object")],
+    [(5, r"a number \(5\)"), (["a"], r"a list \(\['a'\]\)"), ({"a": 1}, "an object")],
 )
 @pytest.mark.parametrize("ending", ["jsonl", "json", "parquet"])
 def test_a_row_without_text_is_named(tmp_path, ending, value, found):
@@ -236,9 +236,9 @@ def test_a_row_without_text_is_named(tmp_path, ending, value, found):
 
 
 def test_a_later_row_without_text_is_named_when_it_is_read(tmp_path):
-    documents = documents_of(write_rows(tmp_path / "a.jsonl", ["fine", None]))
+    documents = documents_of(write_rows(tmp_path / "a.jsonl", ["fine", 5]))
     assert next(documents).text == "fine"
-    with pytest.raises(InputError, match=r"corpus.text_column='text': .*row 2 of .*holds null"):
+    with pytest.raises(InputError, match=r"corpus.text_column='text': .*row 2 of .*holds a number"):
         next(documents)
 
 
@@ -247,6 +247,20 @@ def test_a_missing_column_lists_those_there_are(tmp_path, ending):
     path = write_rows(tmp_path / f"a.{ending}", ROWS)
     with pytest.raises(InputError, match=r"corpus.text_column='body': expected one of the columns n, text"):
         documents_of(path, text_column="body")
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "parquet"])
+def test_a_text_that_is_null_is_an_empty_one(tmp_path, ending):
+    documents = documents_of(write_rows(tmp_path / f"a.{ending}", [None, "fine", None]))
+    assert [document.text for document in documents] == ["fine"]
+    assert documents.counts["empty_documents"] == 2
+
+
+def test_of_several_files_the_one_with_a_bad_row_is_named(tmp_path):
+    for name in "abc":
+        write_rows(tmp_path / f"{name}.jsonl", ["fine", "too", 5 if name == "b" else "as well"])
+    with pytest.raises(InputError, match=r"row \d of \S+ \(which lies in \S+/b.jsonl\) holds a number"):
+        list(documents_of(tmp_path))
 
 
 def test_a_malformed_line_of_json_is_named(tmp_path):
