@@ -43,7 +43,7 @@ class CorpusConfig:
     """Which text is read, how it is cut into documents and windows, and what is held out."""
 
     name: str | None = None
-    """Hub dataset id, or a file, folder or glob of .txt, .jsonl, .json or .parquet (also .gz), or URL."""
+    """Hub dataset id, or a file, folder, glob or URL of .txt, .jsonl, .json, .parquet (or .gz, .bz2, .xz, .zst)."""
     subset: str | None = None
     """Configuration of a hub dataset."""
     split: str = "train"

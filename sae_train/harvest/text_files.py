@@ -4,6 +4,7 @@ import bz2
 import codecs
 import glob
 import gzip
+import logging
 import lzma
 import zlib
 from collections.abc import Callable, Mapping
@@ -14,6 +15,9 @@ from typing import IO, Any
 import xxhash
 
 from sae_train.errors import InputError
+from sae_train.harvest.zst import ZstDamage, open_zst
+
+log = logging.getLogger("sae_train.harvest")
 
 FORMATS = {
     ".txt": "text",
@@ -23,8 +27,13 @@ FORMATS = {
     ".json": "json",
     ".parquet": "parquet",
 }
-PACKED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-DAMAGE = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
+PACKED: dict[str, Callable[..., Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": open_zst,
+}
+DAMAGE = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, ZstDamage)
 """What decompressors raise about a file that is cut off, garbled or not what its ending says."""
 HEAD_BYTES = 1024
 WIDE_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
@@ -56,13 +65,13 @@ def is_url(name: str) -> bool:
 
 def format_of(name: str) -> str | None:
     """The format that a file name's ending stands for, looking through compression."""
-    path = Path(name.partition("?")[0])
+    path = Path(name.partition("?")[0].lower())
     return FORMATS.get(Path(path.stem).suffix if path.suffix in PACKED else path.suffix)
 
 
 def unpacker(name: str) -> Callable[..., Any] | None:
     """What opens a compressed file, or file object, for reading; None where it is not compressed."""
-    return PACKED.get(Path(name.partition("?")[0]).suffix)
+    return PACKED.get(Path(name.partition("?")[0]).suffix.lower())
 
 
 def find_files(spec: TextSpec) -> list[str] | None:
@@ -77,7 +86,7 @@ def find_files(spec: TextSpec) -> list[str] | None:
     else:
         path = Path(name).expanduser()
         if path.is_dir():
-            files = [str(file) for file in sorted(path.rglob("*")) if file.is_file() and format_of(file.name)]
+            files = _text_below(path)
         elif path.is_file():
             files = [str(path)]
         elif glob.has_magic(name):
@@ -99,6 +108,23 @@ def find_files(spec: TextSpec) -> list[str] | None:
     if not filled:
         raise InputError(spec.key, name, f"files that hold text, these {len(files)} are empty")
     return filled
+
+
+def _text_below(folder: Path) -> list[str]:
+    """Text files of a folder and the folders in it, sorted; what lies there besides is said.
+
+    What is hidden is not looked at."""
+    seen = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    seen = [file for file in seen if not any(p.startswith(".") for p in file.relative_to(folder).parts)]
+    found = [file for file in seen if format_of(file.name)]
+    others = [file.name for file in seen if not format_of(file.name)]
+    if found and others:
+        log.info("%s: %d files are read; no text by their endings: %s", folder, len(found), _few(others))
+    return [str(file) for file in found]
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _is_empty(file: str) -> bool:

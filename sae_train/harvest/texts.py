@@ -121,6 +121,12 @@ class TextSource:
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else opening a local file asks the hub's address
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it says, the errors below say
+        cache = Path(datasets.config.HF_DATASETS_CACHE)
+        try:
+            cache.mkdir(parents=True, exist_ok=True)  # else it seems that the text cannot be read
+        except (PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+            wanted = f"a folder that can be made and written to ({error.strerror}); HF_HOME names another"
+            raise InputError("HF_DATASETS_CACHE", str(cache), wanted) from error
         spec, files = self.spec, self._files
         if files is not None:
             if is_url(files[0]):

@@ -11,6 +11,7 @@ from collections import Counter
 import pyarrow
 import pyarrow.parquet
 import pytest
+import zstandard
 from text_rows import ENDINGS, QUICK, ROWS, documents_of, write_rows
 
 from sae_train.errors import InputError
@@ -117,6 +118,45 @@ def test_seeking_reads_no_earlier_row_group_of_a_parquet_file(tmp_path):
     source.seek(cursor, 30)
     assert list(source) == rest
     assert texts + rest == ROWS
+
+
+def test_text_packed_by_zstandard_is_read_to_its_end_and_resumed(tmp_path):
+    """As the Pile is. Files that were put together, or written by several threads, have several frames."""
+    lines = [json.dumps({"text": f"{i} " + "word " * 3000}) + "\n" for i in range(40)]
+    parts = ["".join(lines[:10]), "", "".join(lines[10:25]), "".join(lines[25:])]
+    frames = [zstandard.compress(part.encode()) for part in parts]
+    (tmp_path / "a.JSONL.zst").write_bytes(b"".join(frames))
+    documents = documents_of(tmp_path)
+    first = [next(documents).text for _ in range(17)]
+    state = documents.state_dict()
+    rest = [document.text for document in documents]
+    assert [int(text.split()[0]) for text in first + rest] == list(range(40))
+    again = documents_of(tmp_path)
+    again.load_state_dict(state)
+    assert [document.text for document in again] == rest
+
+
+def test_what_else_lies_in_a_folder_is_said_and_hidden_files_are_not_read(tmp_path, caplog):
+    write_rows(tmp_path / "a.jsonl", ROWS[:2])
+    (tmp_path / ".git").mkdir()
+    for hidden in (".b.jsonl", ".git/c.jsonl"):
+        write_rows(tmp_path / hidden, ROWS[2:])
+    with caplog.at_level("INFO", logger="sae_train.harvest"):
+        assert [document.text for document in documents_of(tmp_path)] == ROWS[:2]
+    assert "are read" not in caplog.text
+    (tmp_path / "README.md").write_text("about")
+    with caplog.at_level("INFO", logger="sae_train.harvest"):
+        documents_of(tmp_path)
+    assert f"{tmp_path}: 1 files are read; no text by their endings: README.md" in caplog.text
+
+
+def test_a_home_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
+    import datasets
+
+    path = write_rows(tmp_path / "a.jsonl", ROWS)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(path / "cache"))
+    with pytest.raises(InputError, match=r"HF_DATASETS_CACHE='.*a.jsonl/cache': .*HF_HOME names another"):
+        documents_of(path)
 
 
 # -- several sources --------------------------------------------------------------------------------
@@ -301,7 +341,9 @@ def test_a_malformed_file_is_refused(tmp_path, ending):
 def damage_one_of_several(folder, ending, harm):
     """Three files of 500 lines of noise, of which "2" is harmed; returns its path."""
     draw = random.Random(0)
-    pack = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}.get(ending.rpartition(".")[2])
+    packs = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+    packs["zst"] = zstandard.ZstdCompressor(write_checksum=True).compress  # as the zstd command does
+    pack = packs.get(ending.rpartition(".")[2])
     for i in range(3):
         rows = [f"{i} {draw.randbytes(40).hex()}" for _ in range(500)]
         path = write_rows(folder / f"{i}.{ending.partition('.')[0]}", rows)
@@ -322,7 +364,7 @@ def damage_one_of_several(folder, ending, harm):
     ],
     ids=["cut", "holed", "other"],
 )
-@pytest.mark.parametrize("ending", ["txt.gz", "jsonl.gz", "txt.bz2", "txt.xz", "parquet"])
+@pytest.mark.parametrize("ending", ["txt.gz", "jsonl.gz", "txt.bz2", "txt.xz", "txt.zst", "parquet"])
 def test_a_damaged_local_file_is_named_at_once_and_not_tried_again(tmp_path, caplog, ending, harm):
     path = damage_one_of_several(tmp_path, ending, harm)
     with pytest.raises(InputError, match=rf"^corpus.name='{tmp_path}': expected .*{re.escape(str(path))}"):
