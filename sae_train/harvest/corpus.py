@@ -43,7 +43,7 @@ class CorpusConfig:
     """Which text is read, how it is cut into documents and windows, and what is held out."""
 
     name: str | None = None
-    """Hub dataset id, or a file, folder, glob or URL of .txt, .jsonl, .json, .parquet (or .gz, .bz2, .xz, .zst)."""
+    """Hub dataset id, or a file, folder, glob or URL of .txt, .jsonl, .json, .parquet (packed: .gz, .zst)."""
     subset: str | None = None
     """Configuration of a hub dataset."""
     split: str = "train"

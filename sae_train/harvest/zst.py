@@ -17,8 +17,9 @@ class ZstDamage(Exception):
 
 
 def open_zst(file: str | Path | IO[bytes], mode: str = "rb") -> IO[bytes]:
-    """The bytes that a packed file holds, frame after frame; reading goes forward only. Frames without a checksum
-    can be garbled without anybody knowing; the zstd command writes one.
+    """The bytes that a packed file holds, frame after frame; reading goes forward only.
+
+    Frames without a checksum can be garbled without anybody knowing; the zstd command writes one.
 
     Raises:
         ZstDamage: when read."""
