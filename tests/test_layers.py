@@ -30,7 +30,7 @@ LAYERS: list[list[tuple[set[str], set[str]]]] = [
         ({"losses"}, {"torch"}),
         (
             {"harvest"},
-            {"torch", "numpy", "safetensors", "xxhash", "tenacity", "fsspec"}
+            {"torch", "numpy", "safetensors", "xxhash", "tenacity", "fsspec", "zstandard"}
             | {"transformers", "datasets", "pyarrow", "huggingface_hub"},
         ),
         ({"shards"}, {"torch", "numpy", "safetensors", "xxhash"}),

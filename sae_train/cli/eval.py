@@ -5,7 +5,8 @@ The run's own configuration says where held-out rows come from; nothing is train
 
 import json
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ from sae_train.files import read_json, write_json
 from sae_train.places import Places
 from sae_train.sae.io import CONFIG, MAX_CONFIG_BYTES, load_sae, sae_config
 from sae_train.train.record import RunRecord
-from sae_train.train.resume import flatten
+from sae_train.train.resume import check_judged, flatten
+
+COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def run(args: list[str]) -> int:
@@ -80,10 +83,31 @@ def judge(composed: DictConfig) -> int:
 
 
 def wire_again(config: Config, record: RunRecord, places: Iterable[Places]) -> Wired:
-    """What a finished run was wired to, with as many threads: of its hooks those that are in use."""
+    """What a finished run was wired to, with as many threads: of its hooks those that are in use.
+
+    Raises:
+        InputError: the run's model or data cannot be had, or changed since it was trained.
+    """
     torch.set_num_threads(min(record.chosen["threads"], 4 * (os.cpu_count() or 1)))
     hooks = list(dict.fromkeys(hook for read in places for hook in read.hooks))
-    return wire(config, hooks, pick_device(config.model.device), dict(record.chosen), lambda dims: None)
+    config = at_commits(config, record.fingerprint)
+    wired = wire(config, hooks, pick_device(config.model.device), dict(record.chosen), lambda dims: None)
+    try:
+        check_judged(record.fingerprint, wired.source.fingerprint, config.source.name == "stream")
+    except InputError:
+        wired.source.close()
+        raise
+    return wired
+
+
+def at_commits(config: Config, trained_on: Mapping[str, str]) -> Config:
+    """The configuration with what it reads from the hub as it was when the run was trained."""
+    model, corpus = (trained_on.get(key, "") for key in ("model_revision", "corpus.0.revision"))
+    if COMMIT.fullmatch(model):
+        config = replace(config, model=replace(config.model, revision=model))
+    if COMMIT.fullmatch(corpus) and not config.corpus.sources:
+        config = replace(config, corpus=replace(config.corpus, revision=corpus))
+    return config
 
 
 def saved_config(run_dir: Path, tree: dict[str, Any]) -> Config:

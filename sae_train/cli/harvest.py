@@ -7,6 +7,7 @@ written as `train.tokens` asks for, and `eval.tokens` held-out rows, outlier tok
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -16,6 +17,7 @@ from sae_train.cli.compose import run_composed
 from sae_train.cli.folder import Ownership, owned
 from sae_train.cli.launch import goes_elsewhere, submit
 from sae_train.cli.signals import StopSignals
+from sae_train.cli.unused import row_keys
 from sae_train.cli.wire import HELDOUT, wire
 from sae_train.config import HarvestConfig, to_config
 from sae_train.devices import pick_device
@@ -59,9 +61,12 @@ def _harvest(
     wired = wire(config, hooks, pick_device(config.model.device), {}, lambda dims: None)
     heldout = wired.heldout_shards()
     # Taking stock reads every byte that is there; a signal ends that at once.
+    about: dict[str, Any] = {}
+    if config.source.name == "stream":
+        about = {"description": {"hooks": wired.description["hooks"]}, "config": row_keys(config)}
     parts = (
-        (ShardWriter(out / HELDOUT, heldout), heldout, config.eval.tokens),
-        (ShardWriter(out, wired.shards), wired.shards, config.train.tokens),
+        (ShardWriter(out / HELDOUT, heldout, about), heldout, config.eval.tokens),
+        (ShardWriter(out, wired.shards, about), wired.shards, config.train.tokens),
     )
     signals.defer()
     with Progress(config.train.tokens) as progress:

@@ -4,7 +4,6 @@ Everything cheap is checked before anything expensive is loaded: the model's con
 names, context length, tokenizer and the corpus first, weights last.
 """
 
-import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from sae_train.batch import RowProducer
 from sae_train.cli.language_model import CheckWidths, load_language_model
+from sae_train.cli.unused import shards_in, warn_of_unused
 from sae_train.config import Config
 from sae_train.demo import resolve as demo
 from sae_train.errors import InputError
@@ -40,8 +40,6 @@ from sae_train.shards.shard import PermutedShards, ShardStream
 from sae_train.shards.source import ShardSource
 from sae_train.shards.synthetic import SyntheticRows
 from sae_train.shards.tensors import TensorRows
-
-logger = logging.getLogger("sae_train.harvest")
 
 HELDOUT = "heldout"
 """Folder of the held-out shards inside a harvest."""
@@ -259,19 +257,17 @@ def _shards(
     folder = Path(config.source.path).expanduser()
     wanted = None if hooks == ["auto"] else hooks
     shards = DiskShards(folder, wanted, config.source.epochs, config.source.seed, device)
-    harvested = shards.fingerprint.get("model")
-    if config.model.name not in ("none", "???", harvested):
-        told = "model.name=%s has no effect: the rows in %s were harvested from %s"
-        logger.warning(told, config.model.name, folder, harvested or "no model")
+    warn_of_unused(config, shards_in(folder), shards.harvest)
     check_widths(shards.dims)
     heldout = folder / HELDOUT
-    return _without_model(
+    wired = _without_model(
         config,
         shards,
         lambda: DiskShards(heldout, list(shards.dims), device=device),
         device,
         shards.most_rows,
     )
+    return replace(wired, description=shards.harvest.describe(shards.dims) | wired.description)
 
 
 def _tensors(
@@ -292,6 +288,7 @@ def _tensors(
             device,
         )
 
+    warn_of_unused(config, "rows of source=tensors are taken as they are")
     return _producer(config, rows, device, check_widths)
 
 

@@ -148,9 +148,11 @@ def _models(record: RunRecord, meta: dict[str, Any], base_model: str | None) -> 
     model, more = record.config.get("model") or {}, dict[str, str]()
     for key, asked in (("model", "name"), ("other_model", "other")):
         known, lay = model.get(asked), meta.get(key)
+        if (record.config.get("source") or {}).get("name") == "shards":
+            known = lay  # as the harvest was told; the run's own key has no effect
         if isinstance(known, str) and isinstance(lay, str):
             # The folder that a name such as demo:smollm2 stands for says less than the name.
-            named = LocalNames(record.config).replaced(known)
+            named = LocalNames({"model": {"name": known}}).replaced(known)
             if key == "model" and base_model is not None:
                 named = base_model
             more |= {lay: named, known: named}

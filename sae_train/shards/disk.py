@@ -14,7 +14,7 @@ import logging
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from sae_train.files import (
     CorruptFile,
     CorruptFolder,
     committed_folder,
-    read_json,
     read_tensors,
     remove_folder,
     remove_leftovers,
@@ -37,75 +36,15 @@ from sae_train.files import (
 )
 from sae_train.registry import nearest
 from sae_train.seeds import permutation
+from sae_train.shards.harvest import Harvest, is_table
 from sae_train.shards.shard import Shard, ShardStream
 
 logger = logging.getLogger(__name__)
 
 KIND = "shard"
-MAX_HARVEST_BYTES = 2 << 20
-"""Of harvest.json; ours has kilobytes."""
-MAX_WIDTH = 1 << 24
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ROWS = "rows.safetensors"
 IDS = "ids"
-
-
-@dataclass(frozen=True)
-class Harvest:
-    """harvest.json: what the shards of a folder have in common."""
-
-    dims: dict[str, int]
-    """hook -> D"""
-    lanes: int
-    fingerprint: dict[str, str]
-    """Everything rows and their order are a function of."""
-    format: int = 1
-    complete: bool = False
-    """Whether the data was harvested to its end or to the asked number of tokens."""
-    shards: int = 0
-    rows: int = 0
-    counts: dict[str, int] = field(default_factory=dict)
-
-    @staticmethod
-    def read(folder: Path) -> "Harvest | None":
-        """The folder's harvest.json, or None if there is none. Raises InputError if it is not one."""
-        path = folder / "harvest.json"
-        if not path.exists():
-            return None
-        try:
-            data = read_json(path, MAX_HARVEST_BYTES)
-            if isinstance(data, dict) and type(data.get("format")) is int and data["format"] > 1:
-                raise InputError(
-                    "source.path", str(folder), f"harvest format 1 or older, it has format {data['format']}"
-                )
-            found = Harvest(**data)
-        except (CorruptFile, TypeError) as error:
-            raise InputError(
-                "source.path", str(path), f"a harvest.json of sae-train harvest ({error})"
-            ) from error
-        if wrong := found.misfits():
-            raise InputError(
-                "source.path", str(path), f"a harvest.json of sae-train harvest, with its {wrong}"
-            )
-        return found
-
-    def misfits(self) -> str | None:
-        """What in it is not as this package writes it, or None. A harvest may come from anyone."""
-        whole = (self.format, self.lanes, self.shards, self.rows)
-        sound: dict[str, Any] = {
-            "dims": _is_table(self.dims, int)
-            and self.dims
-            and all(0 < d <= MAX_WIDTH for d in self.dims.values()),
-            "fingerprint": _is_table(self.fingerprint, str),
-            "counts": _is_table(self.counts, int),
-            "numbers": all(type(n) is int and n >= 0 for n in whole) and self.lanes > 0,
-            "complete": type(self.complete) is bool,
-        }
-        return next((name for name, good in sound.items() if not good), None)
-
-
-def _is_table(value: Any, kind: type) -> bool:
-    return isinstance(value, dict) and all(type(item) is kind for item in value.values())
 
 
 def shard_path(folder: Path, index: int) -> Path:
@@ -129,6 +68,7 @@ class ShardWriter:
     Args:
         folder: made if it does not exist; only one writer may use it at a time.
         stream: whose shards will come; its dims, lanes and fingerprint describe the harvest.
+        about: what else is known of the rows: `Harvest.about`.
 
     Attributes:
         shards: shards that stand committed and checked, from the first on.
@@ -140,9 +80,10 @@ class ShardWriter:
         InputError: the folder holds a harvest of something else.
     """
 
-    def __init__(self, folder: Path, stream: ShardStream) -> None:
+    def __init__(self, folder: Path, stream: ShardStream, about: Mapping[str, Any] | None = None) -> None:
         self.folder = Path(folder)
-        self.harvest = Harvest(dict(stream.dims), stream.lanes, dict(stream.fingerprint))
+        told = dict(about or {})
+        self.harvest = Harvest(dict(stream.dims), stream.lanes, dict(stream.fingerprint), about=told)
         self.shards, self.rows = 0, 0
         self.counts: dict[str, int] = {}
         self._last_cursor: dict[str, Any] | None = None
@@ -271,7 +212,7 @@ def _verified(path: Path, index: int) -> dict[str, Any]:
     meta: dict[str, Any] = verify(path, KIND)["meta"]
     if meta.get("index") != index:
         raise CorruptFolder(path, f"its manifest is that of shard {str(meta.get('index'))[:20]}")
-    sound = _is_table(meta.get("hooks"), str) and _is_table(meta.get("counts"), int)
+    sound = is_table(meta.get("hooks"), str) and is_table(meta.get("counts"), int)
     if not sound or not isinstance(meta.get("cursor"), dict) or type(meta.get("rows")) is not int:
         raise CorruptFolder(path, "its manifest does not describe a shard")
     return meta

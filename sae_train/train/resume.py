@@ -106,3 +106,24 @@ def check_fingerprint(old: Mapping[str, str], new: Mapping[str, str]) -> None:
                 new.get(key),
                 f"{old.get(key)!r} as when the run was started; it changed since (use another run.dir)",
             )
+
+
+PLACE = ("hooks", "dtype", "attn_implementation", "other_attn_implementation", "micro_batch")
+"""Parts of a live model's fingerprint that follow the hooks asked for and the machine."""
+
+
+def check_judged(old: Mapping[str, str], new: Mapping[str, str], live: bool) -> None:
+    """Refuse to judge a run on other data or another model than it was trained on.
+
+    Args:
+        old: of the run; a part that it does not have is not compared.
+        new: of what it would be judged on.
+        live: whether a model makes the rows now.
+
+    Raises:
+        InputError: naming the part that changed.
+    """
+    for key in sorted(old.keys() & new.keys()):
+        if old[key] != new[key] and not (live and key in PLACE):
+            wanted = f"{old[key]!r} as when the run was trained; it changed since, so numbers would differ"
+            raise InputError(key, new[key], wanted)

@@ -6,14 +6,17 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sae_train.activations.topk import TopKConfig
 from sae_train.cli import language_model
+from sae_train.cli.eval import at_commits
 from sae_train.cli.folder import owned
 from sae_train.cli.main import main
+from sae_train.config import Config
 from sae_train.errors import NumericsError, StoppedEarly
-from sae_train.harvest.corpus import Documents
+from sae_train.harvest.corpus import CorpusConfig, Documents
+from sae_train.harvest.model import ModelConfig
 from sae_train.places import Widths
 from sae_train.sae.base import SAES
 from sae_train.sae.io import save_sae
@@ -200,6 +203,32 @@ def test_a_model_beside_shards_that_were_not_harvested_from_it_is_said_to_have_n
         capsys.readouterr()
         assert main(["train", *rest, *model, f"run.dir=run{len(model)}{said}"]) == 0
         assert ("model.name=gpt2 has no effect" in capsys.readouterr().err) == said
+
+
+def test_keys_that_made_no_row_are_named_in_one_warning(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["harvest", *tiny, "filter.sinks=false", "model.dtype=float32", "out=shards"]) == 0
+    rest = ["train", *tiny, "source=shards", "source.path=shards", "eval.every=0", "model.device=cpu"]
+    capsys.readouterr()
+    assert main([*rest, "filter.sinks=false", "model.dtype=float32", "run.dir=same"]) == 0
+    assert "no effect" not in capsys.readouterr().err
+    changed = ["filter.sink_multiple=3", "corpus.bos=none", "model.dtype=bfloat16"]
+    assert main([*rest, *changed, "corpus.allow_short=true", "run.dir=other"]) == 0
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "no effect" in line]
+    assert "model.dtype=bfloat16, corpus.bos=none, filter.sink_multiple=3.0 have no effect" in line
+    assert "model.dtype=float32, corpus.bos=auto, filter.sink_multiple=10.0" in line
+
+    save_file({"activations": torch.randn(1000, 8)}, tmp_path / "rows.safetensors")
+    own = ["source=tensors", "source.paths=[rows.safetensors]", "source.holdout=0.1", "sae.d_sae=16"]
+    own += ["source.lanes=2", "source.shard_tokens=64", "train.batch_tokens=8", "train.tokens=64"]
+    own += ["sae.activation.k=2", "eval.tokens=32"]
+    for keys, said in (
+        ([], None),
+        (["filter.nonfinite=false", "corpus.seed=3"], "corpus.seed=3, filter.nonf"),
+    ):
+        assert main(["train", *own, *keys, f"run.dir=own{len(keys)}"]) == 0
+        lines = [line for line in capsys.readouterr().err.splitlines() if "no effect" in line]
+        assert len(lines) == (said is not None) and (said is None or said in lines[0])
 
 
 def test_a_wrong_command_or_missing_key_is_answered(refused):
@@ -451,6 +480,33 @@ def test_a_run_is_not_continued_on_changed_text_or_another_tokenizer(
     refused(args, "tokenizer", "changed")
 
 
+def test_a_run_is_not_judged_on_changed_text_or_another_model(
+    tiny, refused, tmp_path, tiny_model_dir, tiny_corpus_dir
+):
+    corpus, model, run = tmp_path / "corpus", tmp_path / "model", tmp_path / "run"
+    shutil.copytree(tiny_corpus_dir, corpus)
+    shutil.copytree(tiny_model_dir("llama"), model)
+    places = [f"corpus.name={corpus}", f"model.name={model}", f"run.dir={run}"]
+    assert main(["train", *tiny, *places]) == 0
+    judge, export = ["eval", f"run={run}"], ["export", f"run={run}", "format=saelens", "out=out"]
+    assert main(judge) == 0
+    numbers = (run / "saes/main/eval.json").read_bytes()
+    first = sorted(corpus.iterdir())[0]
+    text = first.read_text()
+    first.write_text(text.replace("w", "w1", 1))
+    for command in (judge, export):
+        refused(command, "corpus.0.files", "changed")
+    first.write_text(text)
+    weights = load_file(model / "model.safetensors")
+    save_file({key: x * 1.1 for key, x in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    for command in (judge, export):
+        refused(command, "model_revision", "changed")
+    assert (run / "saes/main/eval.json").read_bytes() == numbers
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {"fingerprint": {}}))
+    assert main(judge) == 0
+
+
 def test_all_checkpoints_damaged_is_never_a_silent_fresh_start(tiny, refused, tmp_path):
     run = tmp_path / "run"
     args = ["train", *tiny, "train.tokens=100000", f"run.dir={run}"]
@@ -490,3 +546,12 @@ def test_tensors_that_do_not_fit_are_answered(refused, tmp_path):
 def test_control_characters_in_names_do_not_reach_the_terminal(refused):
     line = refused(["train\x1b[31m"])
     assert "\x1b" not in line
+
+
+def test_what_the_hub_has_now_is_not_what_a_run_is_judged_on():
+    commits = {"model_revision": "a" * 40, "corpus.0.revision": "b" * 40}
+    config = Config(model=ModelConfig(name="me/model"), corpus=CorpusConfig(name="me/text"))
+    judged = at_commits(config, commits)
+    assert (judged.model.revision, judged.corpus.revision) == ("a" * 40, "b" * 40)
+    local = {"model_revision": "c" * 32, "corpus.0.files": "d" * 32}  # digests
+    assert at_commits(config, local) == config

@@ -161,6 +161,26 @@ def test_nothing_published_names_a_folder_of_this_machine(
     assert b"base_model" not in tree(hub)["README.md"]
 
 
+def test_an_sae_trained_on_shards_knows_the_model_that_they_were_harvested_from(
+    hub, tiny_model_dir, tiny_corpus_dir, tmp_path
+):
+    model, shards, run = tiny_model_dir("llama"), tmp_path / "shards", tmp_path / "run"
+    names = [f"model.name={model}", f"corpus.name={tiny_corpus_dir}"]
+    assert main(["harvest", *names, *TINY, f"out={shards}"]) == 0
+    assert main(["train", *TINY, "source=shards", f"source.path={shards}", f"run.dir={run}"]) == 0
+    meta = json.loads((run / "saes/main/config.json").read_text())["meta"]
+    assert meta["model"] == str(model) and meta["context_length"] == 16 and meta["dtype"]
+    assert meta["hooks"]["resid_post.1"]["module"] == "model.layers.1"
+    assert main(["publish", f"run={run}", REPO]) == 0
+    files = tree(hub)
+    assert b"Model `local:llama`, revision `xxh3:" in files["README.md"]
+    assert all(str(model).encode() not in data for data in files.values())
+    assert main(["export", f"run={run}", "format=saelens", "model=me/llama", f"out={tmp_path / 'out'}"]) == 0
+    told = json.loads((tmp_path / "out/cfg.json").read_text())["metadata"]
+    assert told["model_name"] == "me/llama" and told["context_size"] == 16
+    assert told["hf_hook_name"] == "model.layers.1"
+
+
 def test_the_same_command_again_changes_nothing_and_compares_all_again(hub, run, capsys):
     args = ["publish", f"run={run}", REPO]
     assert main(args) == 0

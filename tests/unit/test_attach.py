@@ -226,7 +226,7 @@ def test_an_edit_may_write_to_the_codes_it_is_given(tiny_model):
 def test_a_compiled_model_is_refused_in_one_line(tiny_model):
     model = tiny_model("llama")
     with (
-        pytest.raises(InputError, match="model='OptimizedModule': expected the model itself"),
+        pytest.raises(InputError, match=r"model='OptimizedModule': expected the model that torch.compile"),
         attached(torch.compile(model), autoencoder(model), "resid_post.1"),
     ):
         pass
