@@ -61,8 +61,8 @@ LAYERS: list[list[tuple[set[str], set[str]]]] = [
 ]
 TOP = "sae_train"  # its __init__ gathers names for users; nothing inside may import it
 HEAVY = {"transformers", "datasets", "pyarrow", "huggingface_hub", "wandb", "matplotlib", "jinja2"}
-HEAVY |= {"schedulefree", "torchao", "optuna", "tenacity"}
-"""May be imported inside a function, so that `import sae_train` and `--help` stay fast; the last one, so that
+HEAVY |= {"schedulefree", "torchao", "optuna", "tenacity", "zstandard"}
+"""May be imported inside a function, so that `import sae_train` and `--help` stay fast; the last two, so that
 the benchmark for GPUs runs where little more than torch is installed."""
 HEAVY_MODULES = {"torch.utils.tensorboard"}
 MAX_LINES = 400

@@ -59,7 +59,7 @@ METRICS: dict[str, Shown] = {
         "CE recovered",
         _fixed(3),
         "Share of the damage of replacing the layer by its mean that the SAE undoes. "
-        "1 means the model does not notice.",
+        "1 means the model does not notice; nan, that replacing it does no damage.",
         "higher",
     ),
     "l0": Shown(
