@@ -58,16 +58,13 @@ def topk_encode(x: Tensor, w: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor
 def preactivations(w: Tensor, b: Tensor, acc: torch.dtype) -> Callable[[Tensor], Tensor]:
     """Rows -> their pre-activations in acc, which are new memory."""
     b, narrow = b.to(acc), w.dtype != acc
-    if narrow and (acc == torch.float64 or not w.is_cuda):
-        w, narrow = (
-            w.to(acc),
-            False,
-        )  # there is none of narrow operands into a wider dtype
+    if narrow and (acc == torch.float64 or not w.is_cuda):  # without a product into a wider dtype
+        w, narrow = w.to(acc), False
 
     def product(part: Tensor) -> Tensor:
         if not narrow:
             return F.linear(part.to(acc), w, b)
-        if torch.version.hip is not None:  # nor there: the product is rounded
+        if torch.version.hip is not None:  # nor is there one here: it is rounded
             return F.linear(part, w).to(acc).add_(b)
         return torch.mm(part, w.t(), out_dtype=acc).add_(b)
 
