@@ -137,7 +137,7 @@ class MetricLog:
         scalars = redact({name: float(value) for name, value in scalars.items()})
         head = {"step": step, "tokens": tokens, "time": round(time.time(), 3)}
         assert not {*head, "nonfinite"} & scalars.keys(), "a scalar has the name of a fixed field"
-        nonfinite = [name for name, value in scalars.items() if not math.isfinite(value)]
+        nonfinite = sorted(name for name, value in scalars.items() if not math.isfinite(value))
         record: dict[str, Any] = head | scalars | dict.fromkeys(nonfinite)
         if nonfinite:
             record["nonfinite"] = nonfinite

@@ -102,15 +102,17 @@ def check_sparse_grad(
     w_dec: Tensor,
     dots: Tensor | None,
     offsets: Tensor | None,
+    name_of_g: str = "g",
 ) -> None:
     check_codes(values, indices, w_dec, offsets)
     shape = (num_rows(indices, offsets), w_dec.shape[1])
-    for name, rows in (("x", x), ("g", g)):
+    for name, rows in (("x", x), (name_of_g, g)):
         if rows.shape != shape:
             raise ValueError(f"{name} is {tuple(rows.shape)}: expected {list(shape)}")
     if dots is not None and dots.shape != values.shape:
         raise ValueError(f"dots is {tuple(dots.shape)}: expected {tuple(values.shape)} as values")
-    _check_float_on_one_device(w_dec=w_dec, x=x, g=g, **({} if dots is None else {"dots": dots}))
+    floats = {"w_dec": w_dec, "x": x, name_of_g: g}
+    _check_float_on_one_device(**floats, **({} if dots is None else {"dots": dots}))
 
 
 def check_latents(
@@ -134,9 +136,7 @@ def check_latents(
             )
         x, residual, values, indices, dots = (t.flatten(0, 1) for t in rows)
         w_dec = w_dec[0]
-    if residual.shape != x.shape:
-        raise ValueError(f"residual is {tuple(residual.shape)}: expected {tuple(x.shape)}, as x")
-    check_sparse_grad(x, residual, values, indices, w_dec, dots, offsets)
+    check_sparse_grad(x, residual, values, indices, w_dec, dots, offsets, "residual")
     f, d = w_dec.shape
     for name, of_one in {"w_enc": (f, d), "b_enc": (f,), "w_dec": (f, d), "b_dec": (d,)}.items():
         shape = (*many, *of_one)

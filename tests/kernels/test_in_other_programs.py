@@ -124,7 +124,7 @@ def test_what_is_no_option_of_a_step_is_named(device):
     counted = replace(make_counters(device), tokens=torch.tensor(7, device=device))
     with pytest.raises(ValueError, match=r"counters.tokens is tensor\(.*: expected a whole number"):
         latent_step(x, residual, *codes, latents, adam, -0.1, counters=counted)
-    with pytest.raises(ValueError, match=r"residual is \(6, 4\): expected \(6, 5\), as x"):
+    with pytest.raises(ValueError, match=r"residual is \(6, 4\): expected \[6, 5\]"):
         latent_step(x, residual[:, 1:], *codes, latents, adam, -0.1)
     whole = torch.zeros(1, D, dtype=torch.int32, device=device)
     dead = DeadGrads(torch.zeros(1, dtype=torch.int64, device=device), whole, draw(1, device=device), whole)

@@ -350,7 +350,7 @@ def test_arguments_that_do_not_fit_are_refused():
         (lambda: gather_dot(x, indices[:3], w), "expected \\[4, K\\]"),
         (lambda: gather_dot(x[:, :5], indices, w), "expected \\[N, D\\] and \\[F, D\\]"),
         (lambda: gather_dot(x, indices + 10, w), "indices run from 10 to 19: expected 0 to 9"),
-        (lambda: dead_encode(x, w, b, 0), "k is 0: expected at least 1"),
+        (lambda: dead_encode(x, w, b, 0), "k is 0: expected a whole number of at least 1"),
         (lambda: decode_residual(values, indices + 10, w, b[:6], x), "indices run from 10 to 19"),
         (lambda: segment_rows(values, indices, x[:3], 10), "expected \\[4, D\\]"),
         (lambda: segment_rows(values, indices, x, 0), "d_sae is 0"),
