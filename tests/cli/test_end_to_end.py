@@ -10,6 +10,7 @@ import torch
 
 from sae_train import load_sae
 from sae_train.cli.main import main
+from sae_train.train.record import RunRecord
 from sae_train.train.members import Member
 
 TINY = [
@@ -127,7 +128,7 @@ def test_an_encoder_has_no_loss_to_train_through(tiny, tiny_model_dir, tmp_path,
 def test_dead_latents_are_resampled_when_asked_and_the_run_still_resumes(tiny, tmp_path, monkeypatch):
     options = ["sae.auxk_coefficient=0", "sae.dead_after_tokens=64", "sae.d_sae=256", "sae.activation.k=1"]
     options += ["train.tokens=2560", "eval.ce_tokens=0"]
-    for every in (0, 80, 8):
+    for every in (0, 40, 8):
         run = tmp_path / f"every{every}"
         args = ["train", *tiny, *options, f"train.resample_every={every}", f"run.dir={run}"]
         if every == 8:
@@ -140,7 +141,8 @@ def test_dead_latents_are_resampled_when_asked_and_the_run_still_resumes(tiny, t
     assert all(torch.equal(whole[key], run[key]) for key in whole)
     none = load_sae(tmp_path / "every0" / "saes" / "main").state_dict()
     assert not torch.equal(whole["w_dec"], none["w_dec"]), "nothing was dead"
-    last = load_sae(tmp_path / "every80" / "saes" / "main").state_dict()
+    assert RunRecord.read(tmp_path / "every40").steps == 40
+    last = load_sae(tmp_path / "every40" / "saes" / "main").state_dict()
     assert all(torch.equal(none[key], last[key]) for key in none), "some are new after the last step"
 
 
