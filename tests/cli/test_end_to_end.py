@@ -10,8 +10,8 @@ import torch
 
 from sae_train import load_sae
 from sae_train.cli.main import main
-from sae_train.train.record import RunRecord
 from sae_train.train.members import Member
+from sae_train.train.record import RunRecord
 
 TINY = [
     "hook=resid_post.1",
